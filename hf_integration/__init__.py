@@ -1,0 +1,79 @@
+"""SmoothGuard inside transformers: importing this package defends every `generate` whose config asks for it.
+
+    import hf_integration
+    model.generation_config.smoothguard = True      # or {"sigma": 0.1, "num_samples": 10, ...}
+    model.generate(**inputs)                        # the defended answer
+    model.generate(**inputs, smoothguard=False)     # plain, for this call
+
+It may be imported before or after transformers and loads neither it nor torch. Where it is NOT imported, a
+`smoothguard` entry in a generation config does nothing at all.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from lmms_smoothguard import late_import
+
+if TYPE_CHECKING:
+    from hf_integration.override import Observation, attach, observe
+    from lmms_smoothguard.config import SmoothGuardConfig
+    from lmms_smoothguard.defenses.request import SmoothGuardOutput
+
+__all__ = ["Observation", "SmoothGuardConfig", "SmoothGuardOutput", "attach", "disable", "enable", "enabled", "observe"]
+
+_HOMES = {
+    "Observation": "hf_integration.override",
+    "attach": "hf_integration.override",
+    "observe": "hf_integration.override",
+    "SmoothGuardConfig": "lmms_smoothguard.config",
+    "SmoothGuardOutput": "lmms_smoothguard.defenses.request",
+}
+_waiting: object | None = None
+_enabled = False
+
+
+def enable() -> None:
+    """Installs the override, now or as soon as transformers is imported. Calling it again changes nothing."""
+    global _enabled, _waiting
+    if not _enabled:
+        _enabled = True
+        _waiting = late_import.when_imported("transformers.generation.utils", _install)
+
+
+def disable() -> None:
+    """Takes the override out again: every class has the `generate` it had before."""
+    global _enabled, _waiting
+    if _enabled:
+        _enabled = False
+        late_import.cancel(_waiting)
+        _waiting = None
+        override = importlib.import_module("hf_integration.override") if _loaded() else None
+        if override is not None:
+            override.uninstall()
+
+
+def enabled() -> bool:
+    """Whether the override is, or will be, in place."""
+    return _enabled
+
+
+def _loaded() -> bool:
+    import sys
+
+    return "hf_integration.override" in sys.modules
+
+
+def _install(utils: ModuleType) -> None:
+    importlib.import_module("hf_integration.override").install()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+enable()

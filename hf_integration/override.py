@@ -1,0 +1,221 @@
+"""The override of `generate`: reads the request's config, hands it to the defence, returns what the caller expects.
+
+It wraps `GenerationMixin.generate` and every subclass's own `generate`, loaded already or later. `custom_generate` is
+the wrong seam: most multimodal models have encoded their images and dropped the pixels before it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import AutoTokenizer, GenerationConfig, GenerationMixin
+
+from lmms_smoothguard import plugins
+from lmms_smoothguard.config import SmoothGuardConfig
+from lmms_smoothguard.defenses.request import Defended, Request, SmoothGuardOutput
+from lmms_smoothguard.errors import UndefendableError
+
+_UNSET: Any = object()
+_lock = threading.RLock()
+_thread = threading.local()
+_originals: list[tuple[type, str, Any]] = []  # (class, attribute, what stood there); _UNSET: nothing did
+_attached: weakref.WeakKeyDictionary[Any, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+# -- what a model's processor is, and who watches --------------------------------------------------------------------
+
+
+def attach(model: Any, processor: Any) -> None:
+    """Tells the defence which processor a model is used with: its tokenizer decodes the answers that are clustered,
+    its image processor gives the scale of pixel-space noise. Without it both are looked up in the model's directory."""
+    image_processor = getattr(processor, "image_processor", None)
+    if image_processor is None and hasattr(processor, "image_mean"):
+        image_processor = processor
+    tokenizer = getattr(processor, "tokenizer", processor if hasattr(processor, "batch_decode") else None)
+    _attached[model] = (tokenizer, image_processor)
+
+
+def _attachments(model: Any) -> tuple[Any, Any]:
+    if model not in _attached:
+        tokenizer, where = None, getattr(model, "name_or_path", "")
+        if where:
+            with contextlib.suppress(OSError, ValueError, ImportError, KeyError):
+                tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True)
+        _attached[model] = (tokenizer, None)
+    return _attached[model]
+
+
+@dataclass
+class Observation:
+    """What happened to the defended calls of one thread: their verdicts, and the first error one of them raised."""
+
+    calls: int = 0
+    verdicts: list[list[SmoothGuardOutput]] = field(default_factory=list)
+    error: BaseException | None = None
+
+
+@contextlib.contextmanager
+def observe() -> Iterator[Observation]:
+    """Watches this thread's `generate` calls; for harnesses that swallow errors or take the answer only."""
+    seen = Observation()
+    watchers = _watchers()
+    watchers.append(seen)
+    try:
+        yield seen
+    finally:
+        watchers.remove(seen)
+
+
+def _watchers() -> list[Observation]:
+    if not hasattr(_thread, "watchers"):
+        _thread.watchers = []
+    return _thread.watchers
+
+
+# -- the override -----------------------------------------------------------------------------------------------------
+
+
+def _config_of(model: Any, arguments: dict[str, Any]) -> SmoothGuardConfig | None:
+    """The config in force, taken out of the arguments: the call's own over its generation config's over the model's."""
+    configured = getattr(arguments.get("generation_config"), "smoothguard", None)
+    if configured is None:
+        configured = getattr(getattr(model, "generation_config", None), "smoothguard", None)
+    base = SmoothGuardConfig.parse(configured)
+    own = arguments.pop("smoothguard", _UNSET)
+    return base if own is _UNSET or own is None else SmoothGuardConfig.parse(own, base)
+
+
+def _bind(signature: inspect.Signature, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name, the unnamed main input under the model's own name for it."""
+    names = [name for name in signature.parameters if name != "self"]
+    bound = {**dict(zip(names, args, strict=False)), **kwargs}
+    main = bound.pop("inputs", None) if "inputs" in names else None
+    if main is not None:
+        bound.setdefault(model.main_input_name, main)
+    return bound
+
+
+def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(_thread, "inside", False):
+            return original(self, *args, **kwargs)
+        _thread.inside = True
+        try:
+            for watcher in _watchers():
+                watcher.calls += 1
+            config = _config_of(self, kwargs)
+            if config is None:
+                return original(self, *args, **kwargs)
+            arguments = _bind(signature, self, args, kwargs)
+            tokenizer, image_processor = _attachments(self)
+            request = Request(
+                self,
+                functools.partial(original, self),
+                arguments,
+                arguments.get("tokenizer") or tokenizer,
+                image_processor,
+            )
+            defended: Defended | None = plugins.load("defenses", "smoothguard")(request, config)
+            if defended is None:
+                return original(self, *args, **kwargs)
+            for watcher in _watchers():
+                watcher.verdicts.append(defended.verdicts)
+            return defended.output
+        except BaseException as error:
+            for watcher in _watchers():
+                watcher.error = watcher.error or error
+            raise
+        finally:
+            _thread.inside = False
+
+    generate.__smoothguard_original__ = original  # type: ignore[attr-defined]
+    return generate
+
+
+def _refusing(original: Callable[..., Any], name: str) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def bypass(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if SmoothGuardConfig.parse(getattr(getattr(self, "generation_config", None), "smoothguard", None)) is not None:
+            raise UndefendableError(
+                f"{name}() bypasses generate() and with it SmoothGuard, which generation_config.smoothguard asks for; "
+                "use generate(), or set generation_config.smoothguard = False"
+            )
+        return original(self, *args, **kwargs)
+
+    return bypass
+
+
+class _ConfigField:
+    """`GenerationConfig.smoothguard`: checked when it is set, kept as plain JSON, so that it survives save and load."""
+
+    def __get__(self, config: Any, owner: type | None = None) -> Any:
+        if config is None:
+            return None
+        return config.__dict__.get("smoothguard")
+
+    def __set__(self, config: Any, value: Any) -> None:
+        parsed = SmoothGuardConfig.parse(value)
+        if isinstance(value, SmoothGuardConfig):
+            value = value.to_dict()
+        config.__dict__["smoothguard"] = dict(value) if isinstance(value, Mapping) else value
+        if parsed is not None:
+            # A config derived from the model's is derived anew on reload, which would lose the entry.
+            config._from_model_config = False
+
+
+def _replace(owner: type, name: str, value: Any) -> None:
+    _originals.append((owner, name, owner.__dict__.get(name, _UNSET)))
+    setattr(owner, name, value)
+
+
+def _wrap_own_generate(owner: type) -> None:
+    own = owner.__dict__.get("generate")
+    if inspect.isfunction(own) and not hasattr(own, "__smoothguard_original__"):
+        _replace(owner, "generate", _wrapped(own))
+
+
+def install() -> None:
+    """Puts the override in place; a second call changes nothing."""
+    with _lock:
+        if _originals:
+            return
+        _replace(GenerationConfig, "smoothguard", _ConfigField())
+        _wrap_own_generate(GenerationMixin)
+        pending = list(GenerationMixin.__subclasses__())
+        while pending:
+            owner = pending.pop()
+            _wrap_own_generate(owner)
+            pending.extend(owner.__subclasses__())
+        for name in ("generate_batch", "init_continuous_batching"):
+            original = getattr(GenerationMixin, name, None)
+            if original is not None:
+                _replace(GenerationMixin, name, _refusing(original, name))
+
+        def __init_subclass__(cls: type, **kwargs: Any) -> None:
+            super(GenerationMixin, cls).__init_subclass__(**kwargs)
+            with _lock:
+                if _originals:
+                    _wrap_own_generate(cls)
+
+        _replace(GenerationMixin, "__init_subclass__", classmethod(__init_subclass__))
+
+
+def uninstall() -> None:
+    """Puts back what stood there before, in reverse order."""
+    with _lock:
+        while _originals:
+            owner, name, original = _originals.pop()
+            if original is _UNSET:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)

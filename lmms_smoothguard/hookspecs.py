@@ -1,0 +1,39 @@
+"""What a third party may add. Every hook returns `{name: "module:attribute"}`: nothing is imported until it is used.
+
+Register a plugin under the entry-point group `lmms_smoothguard.plugins`; the built-ins come in the same way
+(`lmms_smoothguard.builtin`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pluggy
+
+PROJECT = "lmms_smoothguard"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+class Specs:
+    """The hooks."""
+
+    @hookspec
+    def smoothguard_defenses(self) -> Mapping[str, str]:  # type: ignore[empty-body]
+        """Functions `(request: lmms_smoothguard.defenses.Request, config) -> lmms_smoothguard.defenses.Defended`."""
+
+    @hookspec
+    def smoothguard_attacks(self) -> Mapping[str, str]:  # type: ignore[empty-body]
+        """Subclasses of `lmms_smoothguard.attacks.base.Attack`."""
+
+    @hookspec
+    def smoothguard_judges(self) -> Mapping[str, str]:  # type: ignore[empty-body]
+        """Factories `() -> judge`, a judge having `judge(question: str, answer: str) -> Judgement`."""
+
+    @hookspec
+    def smoothguard_embedders(self) -> Mapping[str, str]:  # type: ignore[empty-body]
+        """Factories `(context: EmbedderContext) -> embed`, `embed(texts) -> array (len(texts), width)`."""
+
+    @hookspec
+    def smoothguard_aggregators(self) -> Mapping[str, str]:  # type: ignore[empty-body]
+        """Functions `(points: Points) -> Clusters`, see `lmms_smoothguard.aggregation.clustering`."""

@@ -1,0 +1,89 @@
+"""How one image lies in the model's input tensor: where its channels are, what of it is padding, which values are twins."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+
+class Layout(Protocol):
+    """Everything noise needs to know about a tensor's shape."""
+
+    def unpadded(self, image: torch.Tensor, where: slice) -> list[torch.Tensor]:
+        """The parts of one image that are no padding: its identity, whatever it was batched with."""
+
+    def standard_noise(self, image: torch.Tensor, where: slice, generator: torch.Generator) -> torch.Tensor:
+        """N(0, 1) noise of the image's shape, float32 on the CPU, 0 on padding, twins equal."""
+
+    def per_channel(self, values: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        """A (channels,) vector in a shape that broadcasts against the image."""
+
+    def tokens(self, where: slice, total: int, images: int) -> int:
+        """How many of the prompt's `total` image tokens stand for the image at `where`, of `images` in all."""
+
+
+class ChannelsFirst:
+    """(images, [tiles, ...] channels, height, width): LLaVA, Gemma 3, Idefics 3, Mllama and most others.
+
+    In tensors with tiles an all-zero tile is padding; `mask` (images, tiles, height, width) marks padded margins.
+    """
+
+    def __init__(self, mask: torch.Tensor | None = None) -> None:
+        self._mask = mask
+
+    def _extents(self, image: torch.Tensor, where: slice) -> list[tuple[int, int, int]]:
+        """(tile, height, width) of every tile that is no padding."""
+        tiles = image.reshape(-1, *image.shape[-3:])
+        if image.ndim <= 4:
+            return [(i, *tiles.shape[-2:]) for i in range(len(tiles))]
+        mask = None if self._mask is None else self._mask[where].reshape(-1, *self._mask.shape[-2:]).bool()
+        extents = []
+        for index in range(len(tiles)):
+            if not tiles[index].any():
+                continue
+            height, width = tiles.shape[-2:]
+            if mask is not None:
+                height, width = int(mask[index].any(1).sum()), int(mask[index].any(0).sum())
+            extents.append((index, height, width))
+        return extents
+
+    def unpadded(self, image: torch.Tensor, where: slice) -> list[torch.Tensor]:
+        tiles = image.reshape(-1, *image.shape[-3:])
+        return [tiles[i, :, :h, :w] for i, h, w in self._extents(image, where)]
+
+    def standard_noise(self, image: torch.Tensor, where: slice, generator: torch.Generator) -> torch.Tensor:
+        noise = torch.zeros(image.shape, dtype=torch.float32).reshape(-1, *image.shape[-3:])
+        for index, height, width in self._extents(image, where):
+            noise[index, :, :height, :width] = torch.randn(noise.shape[1], height, width, generator=generator)
+        return noise.reshape(image.shape)
+
+    def per_channel(self, values: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        return values.view(-1, 1, 1)
+
+    def tokens(self, where: slice, total: int, images: int) -> int:
+        return total // images if total % images == 0 else total + 1
+
+
+class PackedPatches:
+    """(patches, channels * frames * patch * patch), images one after the other: Qwen-VL and kin.
+
+    A still is repeated `frames` times; its repetitions share one draw, or the noise of a still would be averaged away.
+    """
+
+    def __init__(self, channels: int, frames: int, merge: int) -> None:
+        self._channels, self._frames, self._merge = channels, frames, merge
+
+    def unpadded(self, image: torch.Tensor, where: slice) -> list[torch.Tensor]:
+        return [image]
+
+    def standard_noise(self, image: torch.Tensor, where: slice, generator: torch.Generator) -> torch.Tensor:
+        area = image.shape[1] // (self._channels * self._frames)
+        once = torch.randn(image.shape[0], self._channels, 1, area, generator=generator)
+        return once.expand(-1, -1, self._frames, -1).reshape(image.shape)
+
+    def per_channel(self, values: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        return values.repeat_interleave(image.shape[1] // self._channels)
+
+    def tokens(self, where: slice, total: int, images: int) -> int:
+        return (where.stop - where.start) // self._merge**2

@@ -1,0 +1,42 @@
+"""N copies of a request as one batch, copy-major: row n * B + b is copy n of user row b.
+
+`torch.cat` of whole copies is right for every layout, packed patches included, where a tensor-level
+`repeat_interleave` is not.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+@functools.cache
+def _controls() -> frozenset[str]:
+    """Arguments of `generate` that steer it and belong to no row."""
+    from transformers import GenerationConfig, GenerationMixin
+
+    parameters = set(inspect.signature(inspect.unwrap(GenerationMixin.generate)).parameters) - {"self", "inputs", "kwargs"}
+    return frozenset(parameters | set(GenerationConfig().to_dict()) | {"tokenizer", "assistant_tokenizer", "use_cache"})
+
+
+def tile(inputs: Mapping[str, Any], copies: Sequence[torch.Tensor], key: str) -> dict[str, Any]:
+    """The keyword arguments of a batch of copies: `copies` are the values of `key`, everything per-row is repeated."""
+    count = len(copies)
+    tiled: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if name == key:
+            tiled[name] = torch.cat(list(copies))
+        elif name in _controls():
+            tiled[name] = value
+        elif isinstance(value, torch.Tensor) and value.ndim:
+            along = 1 if name == "position_ids" and value.ndim == 3 else 0  # (3, batch, length): multi-axis rotary positions
+            tiled[name] = torch.cat([value] * count, dim=along)
+        elif isinstance(value, list | tuple):
+            tiled[name] = type(value)(list(value) * count)
+        else:
+            tiled[name] = value
+    return tiled

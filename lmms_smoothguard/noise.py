@@ -1,0 +1,74 @@
+"""Seeded Gaussian noise.
+
+A draw is a function of (seed, the unpadded image, its number among equals in its row, copy): never of N, of the batch
+or of anybody's random state. It is made in float32 on the CPU, so that every device sees the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+
+import torch
+
+from lmms_smoothguard.inputs.media import Images
+from lmms_smoothguard.inputs.statistics import PixelStatistics
+
+
+def fresh_seed() -> int:
+    """Entropy from the operating system, for `seed=None`."""
+    return secrets.randbits(63)
+
+
+class NoiseSource:
+    """Noisy copies of the images of one request."""
+
+    def __init__(self, images: Images, *, sigma: float, statistics: PixelStatistics | None, seed: int | None) -> None:
+        """`statistics` None: `sigma` is in normalised units; else in [0, 1] pixel units, and values stay in that range."""
+        self._images, self._sigma, self._statistics = images, sigma, statistics
+        self._seed = fresh_seed() if seed is None else seed
+        self._identities = self._identify()
+
+    def _identify(self) -> list[tuple[bytes, int]]:
+        """(digest, number among equals in its row) of every image."""
+        seen: dict[tuple[int, bytes], int] = {}
+        identities = []
+        for number, where in enumerate(self._images.slices):
+            hasher = hashlib.blake2b(digest_size=16)
+            for part in self._images.layout.unpadded(self._images.values[where], where):
+                hasher.update(repr(tuple(part.shape)).encode())
+                hasher.update(part.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+            digest = hasher.digest()
+            occurrence = 0
+            if self._images.rows is not None:
+                place = (self._images.rows[number], digest)
+                occurrence = seen.get(place, 0)
+                seen[place] = occurrence + 1
+            identities.append((digest, occurrence))
+        return identities
+
+    def copy(self, number: int) -> torch.Tensor:
+        """Noisy copy `number` of the whole image tensor, in its own shape, type and place."""
+        values = self._images.values
+        noisy = torch.empty_like(values)
+        for where, (digest, occurrence) in zip(self._images.slices, self._identities, strict=True):
+            key = b"%d|%b|%d|%d" % (self._seed, digest, occurrence, number)
+            generator = torch.Generator().manual_seed(
+                int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+            )
+            noise = self._images.layout.standard_noise(values[where], where, generator)
+            noisy[where] = add_noise(values[where], noise, self._images, self._sigma, self._statistics)
+        return noisy
+
+
+def add_noise(
+    values: torch.Tensor, noise: torch.Tensor, images: Images, sigma: float, statistics: PixelStatistics | None
+) -> torch.Tensor:
+    """`values` + sigma * `noise`, differentiable in `values`; padding (exactly 0 in `noise`) stays as it was."""
+    noise = noise.to(values.device)
+    if statistics is None:
+        return (values.float() + sigma * noise).to(values.dtype)
+    mean = images.layout.per_channel(statistics.mean, values).to(values.device)
+    std = images.layout.per_channel(statistics.std, values).to(values.device)
+    clipped = (values.float() + sigma * noise / std).clamp((0 - mean) / std, (1 - mean) / std)
+    return torch.where(noise == 0, values.float(), clipped).to(values.dtype)
