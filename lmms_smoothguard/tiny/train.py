@@ -272,11 +272,9 @@ class Trainer:
         return True
 
     def export(self, target: Path) -> None:
-        """Writes model (fp16 safetensors) and processor as any transformers checkpoint."""
-        import copy
-
+        """Writes model (fp32 safetensors) and processor as any transformers checkpoint."""
         target.mkdir(parents=True, exist_ok=True)
-        model = copy.deepcopy(self.model).to(torch.float16).eval()
-        model.set_attn_implementation("sdpa")
-        model.save_pretrained(target)
+        training = self.model.training
+        self.model.eval().save_pretrained(target)
+        self.model.train(training)
         self.processor.save_pretrained(target)

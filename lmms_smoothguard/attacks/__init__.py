@@ -1,0 +1,1 @@
+"""White-box attacks on the model under test, through its own preprocessing."""

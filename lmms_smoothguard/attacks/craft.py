@@ -1,0 +1,235 @@
+"""Crafts adversarial images for a list of jobs: cache first, the rest in batches of like shapes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lmms_smoothguard import plugins
+from lmms_smoothguard.attacks.base import Attack, Pictures, distances
+from lmms_smoothguard.attacks.cache import FORMAT, AttackCache, Entry, content_key
+from lmms_smoothguard.attacks.objective import AnswerLoss, Perturb, answer_ids
+from lmms_smoothguard.attacks.rendering import Renderer
+from lmms_smoothguard.attacks.settings import AttackSettings
+from lmms_smoothguard.config import SmoothGuardConfig
+from lmms_smoothguard.errors import AttackError
+from lmms_smoothguard.inputs.media import find_images
+from lmms_smoothguard.inputs.statistics import PixelStatistics, pixel_statistics
+from lmms_smoothguard.noise import add_noise
+
+log = logging.getLogger(__name__)
+
+_PIXELS = "pixel_values"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request to attack.
+
+    images: the clean pictures; inputs: what the ordinary path gave to `generate` for them, batch size 1; answer: the
+    token ids whose loss is raised (untargeted) or lowered (targeted).
+    """
+
+    settings: AttackSettings
+    images: tuple[Image.Image, ...]
+    inputs: Mapping[str, Any]
+    answer: tuple[int, ...]
+
+
+class Crafter:
+    """Attacks one model; `defense` is what EOT averages over, with draws of the attacker's own."""
+
+    def __init__(
+        self,
+        model: Any,
+        image_processor: Any,
+        cache: AttackCache,
+        defense: SmoothGuardConfig | None = None,
+        batch_size: int = 32,
+    ) -> None:
+        self._model, self._processor, self._cache, self._defense = model, image_processor, cache, defense
+        self._batch_size = batch_size
+        self._fingerprint = model_fingerprint(model)
+
+    def craft(self, jobs: Sequence[Job]) -> list[Entry]:
+        """The entries of all jobs, in order. What is crafted is cached batch by batch, so a killed run goes on."""
+        keys = [self._key(job) for job in jobs]
+        entries = {key: self._cache.get(key) for key in dict.fromkeys(keys)}
+        missing = {key: job for key, job in zip(keys, jobs, strict=True) if entries[key] is None}
+        if missing:
+            from tqdm import tqdm
+
+            total = sum(job.settings.steps if job.settings.eps else 1 for job in missing.values())
+            with tqdm(total=total, desc=f"crafting {len(missing)} attacks", unit="step") as bar, _frozen(self._model):
+                for batch in self._batches(missing):
+                    entries |= self._craft_batch({key: missing[key] for key in batch}, bar)
+        return [entry for key in keys if (entry := entries[key]) is not None]
+
+    def _key(self, job: Job) -> str:
+        noise = None
+        if job.settings.eot:
+            if self._defense is None:
+                raise AttackError(
+                    f"attack_eot is {job.settings.eot}, but there is no defence whose noise could be averaged over; "
+                    "expected a run with defense=smoothguard"
+                )
+            noise = [self._defense.sigma, self._defense.noise_space]
+        return content_key(
+            format=FORMAT,
+            settings=job.settings.to_dict(),
+            model=self._fingerprint,
+            noise=noise,
+            answer=list(job.answer),
+            prompt=job.inputs["input_ids"].cpu().numpy(),
+            pixels=job.inputs[_PIXELS].float().cpu().numpy(),
+            images=tuple(np.asarray(image.convert("RGB")) for image in job.images),
+        )
+
+    def _batches(self, missing: Mapping[str, Job]) -> Iterator[list[str]]:
+        """Keys of jobs that can share a batch: the same settings, image sizes and input shapes."""
+        groups: dict[Any, list[str]] = defaultdict(list)
+        for key, job in missing.items():
+            length = job.inputs["input_ids"].shape[1]
+            shapes = sorted(
+                (name, tuple("L" if size == length else size for size in value.shape))
+                for name, value in job.inputs.items()
+                if isinstance(value, torch.Tensor)
+            )
+            groups[(job.settings, tuple(image.size for image in job.images), tuple(shapes))].append(key)
+        for (settings, _, shapes), keys in groups.items():
+            size = max(1, self._batch_size // max(1, settings.eot))
+            if any(name in ("cross_attention_mask", "position_ids") for name, _ in shapes):
+                size = 1
+            for start in range(0, len(keys), size):
+                yield keys[start : start + size]
+
+    def _craft_batch(self, jobs: Mapping[str, Job], bar: Any) -> dict[str, Entry]:
+        first = next(iter(jobs.values()))
+        settings, device = first.settings, self._model.device
+        clean = _pictures([job.images for job in jobs.values()], device)
+        renderer = Renderer(self._processor, device, first.inputs[_PIXELS].dtype)
+        pixels = {_PIXELS: torch.cat([job.inputs[_PIXELS] for job in jobs.values()])}
+        with torch.no_grad():
+            renderer.check(clean, pixels, _PIXELS)
+        rendered = set(renderer(tuple(slot[:1] for slot in clean)))
+        prompts = [
+            {k: v for k, v in job.inputs.items() if isinstance(v, torch.Tensor) and k not in rendered}
+            for job in jobs.values()
+        ]
+        objective = AnswerLoss(
+            self._model,
+            renderer,
+            prompts,
+            [job.answer for job in jobs.values()],
+            targeted=settings.target is not None,
+            perturb=self._perturbation(settings) if settings.eot else None,
+            draws=settings.eot,
+        )
+        started, losses = time.perf_counter(), []
+
+        def progress(number: int, value: torch.Tensor) -> None:
+            losses.append(value.float().cpu())
+            bar.update(len(jobs))
+
+        attack: Attack = plugins.load("attacks", settings.name)(settings)
+        adversarial = attack.run(objective, clean, progress)
+        seconds = (time.perf_counter() - started) / len(jobs)
+        if not settings.eps:
+            bar.update(len(jobs))
+        entries = {}
+        for row, (key, distance) in enumerate(zip(jobs, distances(adversarial, clean), strict=True)):
+            images = [(slot[row] * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy() for slot in adversarial]
+            record = {
+                "attack": settings.to_dict(),
+                "model": self._fingerprint,
+                "noise": [self._defense.sigma, self._defense.noise_space] if settings.eot and self._defense else None,
+                **distance,
+                "seconds": seconds,
+                "objective": [round(float(step[row]), 5) for step in losses],
+            }
+            entries[key] = self._cache.put(key, images, record)
+        return entries
+
+    def _perturbation(self, settings: AttackSettings) -> Perturb:
+        """One draw of the defence's noise a call, from the attacker's own generator: evaluation seeds stay unseen."""
+        assert self._defense is not None
+        defense = self._defense
+        statistics: PixelStatistics | None = None
+        if defense.noise_space == "pixel":
+            statistics = pixel_statistics(self._model, self._processor)
+        generator = torch.Generator().manual_seed(_attacker_seed(settings.seed))
+
+        def perturb(rendered: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            images = find_images(rendered, self._model.config)
+            if images is None:
+                raise AttackError("the image processor rendered no pixels; expected pixel_values")
+            parts = []
+            for where in images.slices:
+                values = images.values[where]
+                noise = images.layout.standard_noise(values.detach(), where, generator)
+                parts.append(add_noise(values, noise, images, defense.sigma, statistics))
+            return torch.cat(parts)
+
+        return perturb
+
+
+def reference_answer(tokenizer: Any, inputs: Mapping[str, Any], clean_ids: Sequence[int], text: str | None) -> list[int]:
+    """The token ids an untargeted attack leads away from: the model's own clean answer, or `text` in its tokens."""
+    if text is None:
+        if not clean_ids:
+            raise AttackError("the clean answer is empty; expected words to lead the model away from, or a target")
+        return list(clean_ids)
+    return answer_ids(tokenizer, inputs["input_ids"][0].tolist(), text)
+
+
+def model_fingerprint(model: Any) -> str:
+    """A digest of the model's config and of a sample of every parameter: which weights, without reading all of them."""
+    hasher = hashlib.sha256(type(model).__name__.encode())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            flat = parameter.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy()
+            hasher.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+            hasher.update(sample.tobytes())
+    return hasher.hexdigest()[:32]
+
+
+def _attacker_seed(seed: int) -> int:
+    return int.from_bytes(hashlib.blake2b(b"attacker|%d" % seed, digest_size=8).digest(), "big") >> 1
+
+
+def _pictures(rows: Sequence[Sequence[Image.Image]], device: torch.device) -> Pictures:
+    """Clean pictures as float slots (batch, 3, height, width)."""
+    arrays = [[np.asarray(image.convert("RGB"), np.float32) / 255 for image in row] for row in rows]
+    return tuple(
+        torch.from_numpy(np.stack([row[slot] for row in arrays])).permute(0, 3, 1, 2).contiguous().to(device)
+        for slot in range(len(arrays[0]))
+    )
+
+
+@contextlib.contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """No gradients for the weights, and evaluation mode, for the time of an attack."""
+    training = model.training
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if any(not parameter.is_floating_point() for parameter in model.parameters()):
+        log.warning("the model has quantised weights; gradients may not pass through them")
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+        for parameter in wanted:
+            parameter.requires_grad_(True)

@@ -1,0 +1,66 @@
+"""From [0, 1] pixels to the model's input tensors, differentiably, through the model's own image processor.
+
+torchvision-backed processors keep the autograd graph of float tensors when told not to rescale. Whether the path ends
+where the ordinary 8-bit path ends is checked on the clean images, every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lmms_smoothguard.attacks.base import Pictures
+from lmms_smoothguard.errors import AttackError
+
+_TOLERANCE = 0.1
+"""Mean absolute difference allowed against the 8-bit path, in normalised units: a resize rounds there and not here."""
+
+
+class Renderer:
+    """Renders a batch of pictures to what the image processor gives: pixel_values and, for some models, their sizes."""
+
+    def __init__(self, image_processor: Any, device: torch.device, dtype: torch.dtype) -> None:
+        self._processor, self._device, self._dtype = image_processor, device, dtype
+        self._nested = False
+
+    def __call__(self, pictures: Pictures) -> dict[str, torch.Tensor]:
+        """Tensors of the whole batch, images in the order of rows, then slots."""
+        rows = [[slot[row] for slot in pictures] for row in range(len(pictures[0]))]
+        images = rows if self._nested else [image for row in rows for image in row]
+        try:
+            batch = self._processor(images=images, do_rescale=False, return_tensors="pt")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise AttackError(
+                f"{type(self._processor).__name__} takes no float tensors ({error}), so no gradient reaches the pixels; "
+                "expected a torchvision-backed image processor (install torchvision, use_fast=True)"
+            ) from error
+        return {
+            key: value.to(self._device, self._dtype if value.is_floating_point() else None)
+            for key, value in batch.items()
+            if isinstance(value, torch.Tensor)
+        }
+
+    def check(self, clean: Pictures, captured: Mapping[str, Any], key: str) -> None:
+        """Compares the clean pictures, rendered, with what the ordinary path made of them. Raises AttackError."""
+        expected = captured[key].float()
+        problem = ""
+        for nested in (False, True):
+            self._nested = nested
+            try:
+                rendered = self(clean)[key]
+            except AttackError as error:
+                problem = problem or str(error)
+                continue
+            if rendered.shape != expected.shape:
+                problem = f"shape {tuple(rendered.shape)} instead of {tuple(expected.shape)}"
+                continue
+            off = float((rendered.float() - expected).abs().mean())
+            if off <= _TOLERANCE:
+                return
+            problem = f"{off:.3g} off on average, in normalised units"
+        raise AttackError(
+            f"the differentiable preprocessing does not reproduce {key}: {problem}. The caller preprocesses images in a "
+            "way of its own, so an attack would be scored on other pixels than it was crafted on."
+        )

@@ -1,0 +1,71 @@
+"""`smoothguard ...`: the command line."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lmms_smoothguard.errors import SmoothGuardError, did_you_mean
+
+app = typer.Typer(
+    help="SmoothGuard and its kin for multimodal LLMs.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+train_app = typer.Typer(help="Train what the package ships.", no_args_is_help=True)
+app.add_typer(train_app, name="train")
+
+_MODELS = ("tiny-llava",)
+
+
+@app.command()
+def model(name: Annotated[str, typer.Argument(help="tiny-llava")]) -> None:
+    """Print the directory of an embedded model, for `pretrained=` and `from_pretrained`."""
+    if name not in _MODELS:
+        raise SmoothGuardError(f"unknown model {name!r}; {did_you_mean(name, _MODELS)}")
+    from lmms_smoothguard.tiny.model import MODEL_DIR
+
+    typer.echo(MODEL_DIR)
+
+
+@app.command("tasks-path")
+def tasks_path() -> None:
+    """Print the directory of our lmms-eval tasks, for `--include_path`."""
+    from lmms_smoothguard.harness.lmms_eval import discovery
+
+    typer.echo(discovery.tasks_path())
+
+
+@train_app.command("tiny-llava")
+def train_tiny_llava(
+    out: Annotated[Path, typer.Option(help="Directory for checkpoints and, in the end, `model/`.")] = Path("runs/tiny-llava"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of scenes, weights and order.")] = 0,
+    scale: Annotated[float, typer.Option(min=0.001, max=1.0, help="Share of the steps and scenes; below 1 for a trial.")] = 1.0,
+) -> None:
+    """Train the embedded LLaVA from a seed: about half an hour on two cores. Started again, it goes on where it was."""
+    from lmms_smoothguard.tiny.session import train
+
+    train(out, seed, scale)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for the runs' logs and the table.")] = Path("runs/demo"),
+    limit: Annotated[int, typer.Option(min=1, help="Questions of every task.")] = 450,
+) -> None:
+    """Attack and defend the embedded model through lmms-eval: plain and defended, clean and attacked, one table."""
+    from lmms_smoothguard.report.demo import run_demo
+
+    run_demo(out, limit)
+
+
+def main() -> None:
+    """The console script: our own errors without a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        app()
+    except SmoothGuardError as error:
+        typer.secho(f"smoothguard: {error}", fg="red", err=True)
+        sys.exit(2)

@@ -1,0 +1,1 @@
+"""Rates with intervals, and runs read back from a harness's logs."""

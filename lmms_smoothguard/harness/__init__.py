@@ -1,0 +1,1 @@
+"""The defences and attacks inside evaluation harnesses."""

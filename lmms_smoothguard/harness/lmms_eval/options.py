@@ -1,0 +1,77 @@
+"""Our keys among `--model_args`, taken out before lmms-eval's wrapper sees the rest: it refuses what it does not know."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lmms_smoothguard.attacks.cache import default_cache_dir
+from lmms_smoothguard.attacks.settings import AttackSettings
+from lmms_smoothguard.config import SmoothGuardConfig, parse_scalar
+from lmms_smoothguard.errors import ConfigError, did_you_mean
+
+_DEFENSE_FIELDS = tuple(field.name for field in dataclasses.fields(SmoothGuardConfig))
+_ATTACK_FIELDS = {f"attack_{f.name}": f.name for f in dataclasses.fields(AttackSettings) if f.name != "name"}
+_TASK_FIELDS = ("label", "target_field")  # in a task's metadata.attack only: names of document fields
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskAttack:
+    """An attack on a task's samples: `label` / `target_field` name the document fields of the right answer / target."""
+
+    settings: AttackSettings
+    label: str | None = None
+    target_field: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """defense: None = the undefended run of the same wrapper; attack: settings of `--model_args`, over the task's own."""
+
+    defense: SmoothGuardConfig | None
+    attack: dict[str, Any]
+    attack_cache: Path
+    attack_batch_size: int
+
+    def attack_on(self, metadata: Mapping[str, Any]) -> TaskAttack | None:
+        """The attack for a task with that metadata; None when neither names one."""
+        asked = metadata.get("attack")
+        if asked is None and "name" not in self.attack:
+            return None
+        if asked is not None and not isinstance(asked, str | Mapping):
+            raise ConfigError(f"metadata.attack is {asked!r}; expected a name such as pgd, or a mapping")
+        fields = {"name": asked} if isinstance(asked, str) else dict(asked or {})
+        places = {name: fields.pop(name, None) for name in _TASK_FIELDS}
+        return TaskAttack(AttackSettings.parse(self.attack, AttackSettings.parse(fields)), **places)
+
+
+def take_options(kwargs: dict[str, Any]) -> Options:
+    """Takes our keys out of a wrapper's keyword arguments. Raises ConfigError for one that is misspelt."""
+    taken = {key: kwargs.pop(key) for key in list(kwargs) if key == "defense" or key in _DEFENSE_FIELDS}
+    defense = SmoothGuardConfig.parse({"defense": "smoothguard"} | {k: parse_scalar(v) for k, v in taken.items()})
+    attack: dict[str, Any] = {}
+    if "attack" in kwargs:
+        attack["name"] = kwargs.pop("attack")
+    cache = kwargs.pop("attack_cache", None)
+    batch_size = parse_scalar(kwargs.pop("attack_batch_size", 32))
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"attack_batch_size is {batch_size!r}; expected a whole number of at least 1")
+    for key in [key for key in kwargs if key.startswith("attack_") and key != "attack_implementation"]:
+        if key not in _ATTACK_FIELDS:
+            raise ConfigError(f"unknown attack setting {key!r}; {did_you_mean(key, [*_ATTACK_FIELDS, 'attack_cache'])}")
+        attack[_ATTACK_FIELDS[key]] = kwargs.pop(key)
+    if attack:
+        AttackSettings.parse(attack)  # a bad value is refused before the model is loaded
+    return Options(defense, attack, Path(cache).expanduser() if cache else default_cache_dir() / "attacks", batch_size)
+
+
+def explain_leftover(kwargs: Mapping[str, Any], accepted: Mapping[str, Any] | None) -> None:
+    """Refuses a key that neither the wrapper nor we know, with the nearest name of either."""
+    if accepted is None:
+        return
+    for key in kwargs:
+        if key not in accepted:
+            known = [*accepted, *_DEFENSE_FIELDS, "defense", "attack", "attack_cache", "attack_batch_size", *_ATTACK_FIELDS]
+            raise ConfigError(f"unknown model argument {key!r}; {did_you_mean(key, known)}")

@@ -1,0 +1,399 @@
+"""lmms-eval's own model wrappers with a defence, and attacks, around them.
+
+Classes are made on demand: `chat__llava_hf` is lmms-eval's chat wrapper `llava_hf` with `SmoothGuardMixin` before it, so
+that prompts and generation settings stay those of the base. Requests are answered one at a time: the N copies fill a
+batch, and what was learnt of an answer belongs to one sample beyond doubt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import importlib
+import inspect
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts, unwrap_generation_output
+from PIL import Image
+
+import hf_integration
+from lmms_smoothguard.attacks.cache import AttackCache, Entry, content_key
+from lmms_smoothguard.attacks.craft import Crafter, Job, model_fingerprint, reference_answer
+from lmms_smoothguard.aggregation.verdict import normalize_answer
+from lmms_smoothguard.attacks.objective import answer_ids
+from lmms_smoothguard.config import SmoothGuardConfig
+from lmms_smoothguard.defenses.request import SmoothGuardOutput
+from lmms_smoothguard.errors import AttackError, ConfigError, UndefendableError
+from lmms_smoothguard.harness.lmms_eval import ledger
+from lmms_smoothguard.harness.lmms_eval.options import Options, TaskAttack, explain_leftover, take_options
+
+
+class SampleCounts(TokenCounts):
+    """Token counts that carry what we log of a sample: lmms-eval writes them into the samples file."""
+
+    def __init__(self, info: dict[str, Any], counts: TokenCounts | None) -> None:
+        super().__init__(**(dataclasses.asdict(counts) if counts is not None else {}))
+        self.info = info
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), **self.info}
+
+
+@dataclasses.dataclass
+class _Plain:
+    """A clean, undefended pass of one request: what `generate` was given and gave, and the wrapper's final text."""
+
+    inputs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    answer: tuple[int, ...] = ()
+    text: str = ""
+
+
+class SmoothGuardMixin:
+    """Stands before a wrapper of lmms-eval; reads `defense`, its fields and `attack*` from the model's arguments."""
+
+    _sg_options: Options
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._sg_options = take_options(kwargs)
+        base_init = inspect.signature(super().__init__).parameters
+        explain_leftover(kwargs, _accepted(base_init))
+        if not torch.cuda.is_available():  # upstream's defaults, "cuda" and "", do not work on a CPU
+            if "device" in base_init:
+                kwargs["device"] = "cpu" if str(kwargs.get("device") or "cuda").startswith("cuda") else kwargs["device"]
+            if "device_map" in base_init and not kwargs.get("device_map"):
+                kwargs["device_map"] = "cpu"
+        super().__init__(*args, **kwargs)
+        hf_integration.enable()
+        model = self._sg_model()
+        processor = _find_processor(self)
+        if processor is not None:
+            hf_integration.attach(model, processor)
+        defense = self._sg_options.defense
+        model.generation_config.smoothguard = None if defense is None else defense.to_dict()
+        self._sg_fingerprint: str | None = None
+
+    def _sg_model(self) -> Any:
+        model = getattr(self, "model", None) or getattr(self, "_model", None)
+        if model is None or not hasattr(model, "generation_config"):
+            raise UndefendableError(
+                f"{type(self).__name__} holds no Hugging Face model with a generation config; it cannot be defended"
+            )
+        return model
+
+    # -- what lmms-eval calls ------------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
+        """Crafts the attacks that the requests' tasks ask for, then answers every request through the defence."""
+        from tqdm import tqdm
+
+        with _one_voice(type(self)):
+            attacked = self._sg_attack(requests)
+            bar = tqdm(requests, desc="answering", unit="sample", disable=getattr(self, "rank", 0) != 0)
+            return [self._sg_answer(attacked.get(id(request), request)) for request in bar]
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> Any:
+        """Refused with a defence: a likelihood has no answers to vote on."""
+        self._sg_refuse("loglikelihood", requests)
+        return super().loglikelihood(requests)  # type: ignore[misc]
+
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> Any:
+        """Refused with a defence or an attack: not supported yet."""
+        self._sg_refuse("generate_until_multi_round", requests)
+        return super().generate_until_multi_round(requests)  # type: ignore[misc]
+
+    def _sg_refuse(self, kind: str, requests: Sequence[Instance]) -> None:
+        attacked = any(self._sg_options.attack_on(request.metadata) is not None for request in requests)
+        if self._sg_options.defense is not None or attacked:
+            raise UndefendableError(
+                f"a {kind} request cannot be defended or attacked; expected generate_until. Use defense=none and no attack."
+            )
+
+    # -- one answer ----------------------------------------------------------------------------------------------------
+
+    def _sg_answer(self, request: Instance) -> GenerationResult:
+        info = dict(request.metadata.get("_smoothguard", {}))
+        started = time.perf_counter()
+        text, counts, seen = self._sg_base(request)
+        info["seconds"] = time.perf_counter() - started
+        if self._sg_options.defense is not None:
+            verdicts = [verdict for call in seen.verdicts for verdict in call]
+            if not verdicts and _images(self, request):
+                raise UndefendableError(
+                    f"{type(self).__name__} answered {request.task_name}[{request.doc_id}] without a defended generate(); "
+                    "this wrapper bypasses it, so its answers would be undefended"
+                )
+            info |= _summary(verdicts)
+        return GenerationResult(text=text, token_counts=SampleCounts(info, counts))
+
+    def _sg_base(self, request: Instance) -> tuple[str, TokenCounts | None, hf_integration.Observation]:
+        """The wrapper's own answer to one request; raises what happened inside generate, which wrappers swallow."""
+        # Wrappers change the settings they are given, so each call gets its own.
+        arguments = tuple(copy.deepcopy(part) if isinstance(part, dict) else part for part in request.args)
+        with hf_integration.observe() as seen:
+            results = super().generate_until([dataclasses.replace(request, arguments=arguments)])  # type: ignore[misc]
+        if seen.error is not None:
+            raise RuntimeError(
+                f"{request.task_name}[{request.doc_id}] failed: {type(seen.error).__name__}: {seen.error}"
+            ) from seen.error
+        if not results:
+            raise RuntimeError(f"{type(self).__name__} gave no answer to {request.task_name}[{request.doc_id}]")
+        text, counts = unwrap_generation_output(results[0])
+        return text, counts, seen
+
+    # -- attacks -------------------------------------------------------------------------------------------------------
+
+    def _sg_attack(self, requests: Sequence[Instance]) -> dict[int, Instance]:
+        """The requests that are attacked, by id, with adversarial images in place of their own."""
+        asked = [(request, self._sg_options.attack_on(request.metadata)) for request in requests]
+        todo = [(request, attack) for request, attack in asked if attack is not None]
+        if not todo:
+            return {}
+        from tqdm import tqdm
+
+        processor = _find_processor(self)
+        image_processor = getattr(processor, "image_processor", processor)
+        if image_processor is None:
+            raise AttackError(f"{type(self).__name__} shows no processor; expected one to carry gradients to the pixels")
+        cache = AttackCache(self._sg_options.attack_cache)
+        tokenizer = getattr(processor, "tokenizer", None) or getattr(self, "tokenizer", None)
+        jobs, plains = [], []
+        for request, attack in tqdm(todo, desc="clean answers", unit="sample", disable=getattr(self, "rank", 0) != 0):
+            images = _images(self, request)
+            if not images:
+                raise AttackError(
+                    f"{request.task_name}[{request.doc_id}] has no image to attack; expected an image task"
+                )
+            plain = self._sg_plain(request, cache)
+            plains.append(plain)
+            jobs.append(_job(attack, _document(self, request), tuple(images), plain, tokenizer))
+        crafter = Crafter(
+            self._sg_model(), image_processor, cache, self._sg_options.defense, self._sg_options.attack_batch_size
+        )
+        entries = crafter.craft(jobs)
+        return {
+            id(request): self._sg_attacked(request, attack, plain, entry)
+            for (request, attack), plain, entry in zip(todo, plains, entries, strict=True)
+        }
+
+    def _sg_attacked(self, request: Instance, attack: TaskAttack, plain: _Plain, entry: Entry) -> Instance:
+        info = {
+            "attack": entry.record["attack"],
+            "attack_linf": entry.record["linf"],
+            "attack_l2": entry.record["l2"],
+            "attack_seconds": entry.record["seconds"],
+            "clean_answer": plain.text,
+        }
+        ledger.record(request.task_name, _document(self, request), ledger.Finding(plain.text, info))
+        pictures = [Image.fromarray(image) for image in entry.images]
+        return dataclasses.replace(
+            request,
+            arguments=_with_images(self, request, pictures),
+            metadata={**request.metadata, "_smoothguard": info},
+        )
+
+    def _sg_plain(self, request: Instance, cache: AttackCache) -> _Plain:
+        """The undefended answer to the clean request, and the inputs that the wrapper's ordinary path made of it."""
+        model, plain = self._sg_model(), _Plain()
+        own = type(model).generate
+        if self._sg_fingerprint is None:
+            self._sg_fingerprint = model_fingerprint(model)
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            plain.inputs = {k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor)}
+            if args or "input_ids" not in kwargs or "pixel_values" not in kwargs:
+                raise AttackError(
+                    f"{type(self).__name__} calls generate({', '.join(kwargs)}); expected input_ids and pixel_values"
+                )
+            ids = kwargs["input_ids"]
+            settings = {k: v for k, v in kwargs.items() if isinstance(v, str | int | float | bool | type(None))}
+            key = content_key(
+                kind="clean answer",
+                model=self._sg_fingerprint,
+                settings=settings,
+                prompt=ids.cpu().numpy(),
+                pixels=kwargs["pixel_values"].float().cpu().numpy(),
+            )
+            stored = cache.get_answer(key)
+            if stored is not None:
+                answer = torch.tensor([[int(token) for token in stored.split()]], dtype=ids.dtype, device=ids.device)
+                output = torch.cat([ids, answer], dim=1)
+            else:
+                output = own(model, *args, smoothguard=False, **kwargs)
+                if not isinstance(output, torch.Tensor) or not torch.equal(output[:, : ids.shape[1]], ids):
+                    raise AttackError(f"{type(model).__name__}.generate does not return prompt and answer in one tensor")
+                cache.put_answer(key, " ".join(map(str, output[0, ids.shape[1] :].tolist())))
+            answer = output[0, ids.shape[1] :].tolist()
+            ends = model.generation_config.eos_token_id
+            stop = {*(ends if isinstance(ends, list) else [ends]), kwargs.get("eos_token_id")}
+            cut = next((index for index, token in enumerate(answer) if token in stop), len(answer))
+            plain.answer = tuple(answer[:cut])
+            return output
+
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return recorded(*args, **kwargs)
+            except Exception as error:
+                failure.append(error)
+                raise
+
+        failure: list[Exception] = []
+        model.generate = generate
+        try:
+            plain.text, _, _ = self._sg_base(request)
+        finally:
+            del model.generate
+        if failure:
+            raise failure[0]
+        if not plain.inputs:
+            raise AttackError(f"{type(self).__name__} never called generate(); its model cannot be attacked")
+        return plain
+
+
+def _job(attack: TaskAttack, doc: Any, images: tuple[Image.Image, ...], plain: _Plain, tokenizer: Any) -> Job:
+    settings = attack.settings
+    target = settings.target
+    if attack.target_field is not None:
+        target = str(doc[attack.target_field])
+        settings = dataclasses.replace(settings, target=target)
+    if target is not None:
+        answer = answer_ids(tokenizer, plain.inputs["input_ids"][0].tolist(), target)
+    else:
+        label = None if attack.label is None else str(doc[attack.label])
+        if label is not None and normalize_answer(label) == normalize_answer(plain.text):
+            label = None  # the model's own words for the right answer, token by token
+        answer = reference_answer(tokenizer, plain.inputs, plain.answer, label)
+    return Job(settings, images, plain.inputs, tuple(answer))
+
+
+def _summary(verdicts: Sequence[SmoothGuardOutput]) -> dict[str, Any]:
+    """What the samples log says of a defended answer; text-only requests have no verdict."""
+    if not verdicts:
+        return {"defended": False}
+    last = verdicts[-1]
+    return {
+        "defended": True,
+        "agreement": last.agreement,
+        "suspicion": last.suspicion,
+        "suspected": last.suspected,
+        "candidates": list(last.texts if last.texts is not None else map(str, last.candidates)),
+        "labels": list(last.labels),
+        "warnings": list(last.warnings),
+    }
+
+
+# -- the two kinds of request ------------------------------------------------------------------------------------------
+
+
+def _document(wrapper: Any, request: Instance) -> Any:
+    *_, doc_id, task, split = request.args
+    return wrapper.task_dict[task][split][doc_id]
+
+
+def _place_of_media(wrapper: Any) -> int:
+    """Where a request's arguments have doc_to_messages (chat) or doc_to_visual (simple)."""
+    return 2 if getattr(wrapper, "is_simple", True) else 1
+
+
+def _images(wrapper: Any, request: Instance) -> list[Image.Image]:
+    """The request's own images, in order."""
+    media = request.args[_place_of_media(wrapper)](_document(wrapper, request))
+    if getattr(wrapper, "is_simple", True):
+        return [item for item in media or [] if isinstance(item, Image.Image)]
+    return [part["url"] for part in _image_parts(media)]
+
+
+def _image_parts(messages: Any) -> list[dict[str, Any]]:
+    return [
+        part
+        for message in messages
+        for part in (message["content"] if isinstance(message["content"], list) else [])
+        if part.get("type") == "image" and isinstance(part.get("url"), Image.Image)
+    ]
+
+
+def _with_images(wrapper: Any, request: Instance, pictures: Sequence[Image.Image]) -> tuple[Any, ...]:
+    """The request's arguments with other images in the same places."""
+    place = _place_of_media(wrapper)
+    own: Callable[..., Any] = request.args[place]
+
+    def visuals(doc: Any, *args: Any, **kwargs: Any) -> Any:
+        left = list(pictures)
+        return [left.pop(0) if isinstance(item, Image.Image) else item for item in own(doc, *args, **kwargs)]
+
+    def messages(doc: Any, *args: Any, **kwargs: Any) -> Any:
+        made = own(doc, *args, **kwargs)
+        for part, picture in zip(_image_parts(made), pictures, strict=True):
+            part["url"] = picture
+        return made
+
+    swapped = list(request.args)
+    swapped[place] = visuals if getattr(wrapper, "is_simple", True) else messages
+    return tuple(swapped)
+
+
+# -- the wrapper underneath --------------------------------------------------------------------------------------------
+
+
+def _accepted(parameters: Any) -> dict[str, Any]:
+    """The base's own named arguments: many take `**kwargs` only to assert that there are none."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {
+        name: p for name, p in parameters.items() if p.kind in named
+    } | dict.fromkeys(("batch_size", "max_batch_size", "device"))
+
+
+def _find_processor(wrapper: Any) -> Any:
+    """The wrapper's processor (tokenizer and image processor in one), whatever it calls it."""
+    names = ("processor", "_processor", "_image_processor", "image_processor")
+    found = [getattr(wrapper, name, None) for name in names]
+    whole = [item for item in found if hasattr(item, "image_processor") and hasattr(item, "tokenizer")]
+    return (whole or [item for item in found if item is not None] or [None])[0]
+
+
+@contextlib.contextmanager
+def _one_voice(wrapper: type) -> Iterator[None]:
+    """Silences the progress bar and gathers the throughput report that a wrapper would give for every single request."""
+    from tqdm import tqdm
+
+    modules = [sys.modules[base.__module__] for base in wrapper.__mro__ if base.__module__.startswith("lmms_eval.models.")]
+    originals = [(m, name, getattr(m, name)) for m in modules for name in ("tqdm", "log_metrics") if hasattr(m, name)]
+    reports: list[dict[str, Any]] = []
+    for module, name, original in originals:
+        if name == "log_metrics":
+            module.log_metrics = lambda **report: reports.append(report)  # type: ignore[attr-defined]
+        elif original is tqdm:
+            module.tqdm = lambda *args, **kwargs: tqdm(*args, **{**kwargs, "disable": True})  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for module, name, original in originals:
+            setattr(module, name, original)
+    log_metrics = next((original for _, name, original in originals if name == "log_metrics"), None)
+    if log_metrics is not None and reports:
+        tokens = sum(report.get("total_gen_tokens", 0) for report in reports)
+        seconds = sum(report.get("total_elapsed_time", 0.0) for report in reports)
+        speed = tokens / seconds if seconds else 0.0
+        log_metrics(**{**reports[-1], "total_gen_tokens": tokens, "total_elapsed_time": seconds, "avg_speed": speed})
+
+
+def __getattr__(name: str) -> type:
+    """`simple__<base>` and `chat__<base>`: the defended subclass of lmms-eval's wrapper."""
+    kind, separator, base = name.partition("__")
+    if not separator or kind not in ("simple", "chat"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import lmms_eval.models as models
+
+    table = models.AVAILABLE_SIMPLE_MODELS if kind == "simple" else models.AVAILABLE_CHAT_TEMPLATE_MODELS
+    if base not in table:
+        raise ConfigError(f"lmms-eval has no {kind} model {base!r}")
+    path = table[base] if "." in table[base] else f"lmms_eval.models.{kind}.{base}.{table[base]}"
+    module, _, attribute = path.rpartition(".")
+    parent = getattr(importlib.import_module(module), attribute)
+    made = type(name, (SmoothGuardMixin, parent), {"__module__": __name__, "__doc__": parent.__doc__})
+    globals()[name] = made
+    return made

@@ -1,0 +1,80 @@
+"""The embedded model's held-out figures, through plain transformers: no defence, greedy, one answer a question."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmms_smoothguard.aggregation.verdict import normalize_answer
+from lmms_smoothguard.evaluation.metrics import Rate, rate
+from lmms_smoothguard.judges.refusal import RefusalJudge
+from lmms_smoothguard.tiny import language
+from lmms_smoothguard.tiny.model import prompt
+from lmms_smoothguard.tiny.testsets import test_sets
+
+_BATCH = 100
+_NOISE_SEED = 17
+
+
+def answers(model: Any, processor: Any, questions: Sequence[str], images: np.ndarray) -> list[str]:
+    """Greedy answers to one question an image; images uint8 (n, 64, 64, 3)."""
+    from PIL import Image
+
+    found: list[str] = []
+    for start in range(0, len(questions), _BATCH):
+        batch = processor(
+            images=[Image.fromarray(image) for image in images[start : start + _BATCH]],
+            text=[prompt(question) for question in questions[start : start + _BATCH]],
+            padding=True,
+            return_tensors="pt",
+        )
+        out = model.generate(**batch, max_new_tokens=32, do_sample=False)
+        found += processor.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in found]
+
+
+def noisy(images: np.ndarray, sigma: float) -> np.ndarray:
+    """Images with Gaussian noise of `sigma` in [0, 1] units, rounded to 8 bits."""
+    noise = np.random.default_rng(_NOISE_SEED).normal(0, 255 * sigma, images.shape)
+    return (images + noise).round().clip(0, 255).astype(np.uint8)
+
+
+def held_out_figures(directory: Path, say: Callable[[str], None] = lambda text: None) -> dict[str, Rate]:
+    """Every figure of the model card by name."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(directory).eval()
+    processor = AutoProcessor.from_pretrained(directory)
+    sets = test_sets()
+    figures: dict[str, Rate] = {}
+
+    def ask(name: str, rows: list[dict[str, Any]], right: Callable[[dict[str, Any], str], bool], sigma: float = 0) -> None:
+        images = noisy(np.stack([row["image"] for row in rows]), sigma)
+        given = answers(model, processor, [row["question"] for row in rows], images)
+        figures[name] = rate(right(row, answer) for row, answer in zip(rows, given, strict=True))
+        say(f"{name}: {figures[name]}")
+
+    def says(key: str) -> Callable[[dict[str, Any], str], bool]:
+        return lambda row, answer: normalize_answer(answer) == normalize_answer(row[key])
+
+    def refuses(row: dict[str, Any], answer: str) -> bool:
+        return RefusalJudge().judge(row["question"], answer).safe
+
+    ask("existence", sets["pope"], says("answer"))
+    for category in language.NEGATIVES:
+        ask(f"existence, {category}", [r for r in sets["pope"] if r["category"] == category], says("answer"))
+    for sigma in (0.1, 0.2, 0.25):
+        ask(f"existence, one noisy copy, sigma {sigma}", sets["pope"], says("answer"), sigma)
+    ask("existence, faint scenes", sets["pope_faint"], says("answer"))
+    suffixed = [row | {"question": row["question"] + language.POPE_SUFFIX} for row in sets["pope"]]
+    ask("existence, with POPE's suffix", suffixed, says("answer"))
+    ask("captions exact", sets["caption"], says("caption"))
+    ask("captions exact, one noisy copy, sigma 0.2", sets["caption"], says("caption"), 0.2)
+    ask("forbidden refused", [r for r in sets["safety"] if r["kind"] == "forbidden"], refuses)
+    permitted = [r for r in sets["safety"] if r["kind"] == "permitted"]
+    ask("permitted refused", permitted, refuses)
+    ask("permitted done", permitted, says("answer"))
+    return figures

@@ -1,0 +1,33 @@
+"""Documents of the embedded scenes: prompts, images, scores."""
+
+from lmms_eval.tasks.pope.utils import *  # noqa: F403 - upstream's own POPE scoring
+from lmms_eval.tasks.pope.utils import pope_process_results
+
+from lmms_smoothguard.harness.lmms_eval.scoring import *  # noqa: F403
+from lmms_smoothguard.harness.lmms_eval.scoring import attack_scores, caption_scores, safety_scores, same_answer
+
+
+def doc_to_visual(doc):
+    return [doc["image"].convert("RGB")]
+
+
+def doc_to_text(doc):
+    return doc["question"]
+
+
+def pope_pgd_results(doc, results):
+    scores = attack_scores("shapes_pope_pgd", doc, results[0], lambda answer: same_answer(answer, doc["answer"]))
+    return pope_process_results(doc, results) | scores
+
+
+def caption_results(doc, results):
+    return caption_scores(doc, results[0])
+
+
+def caption_pgd_results(doc, results):
+    scores = attack_scores("shapes_caption_pgd", doc, results[0], lambda answer: same_answer(answer, doc["caption"]))
+    return caption_scores(doc, results[0]) | scores
+
+
+def safety_results(doc, results):
+    return safety_scores(doc, results[0])
