@@ -40,9 +40,13 @@ def tasks_path() -> None:
 
 @train_app.command("tiny-llava")
 def train_tiny_llava(
-    out: Annotated[Path, typer.Option(help="Directory for checkpoints and, in the end, `model/`.")] = Path("runs/tiny-llava"),
+    out: Annotated[Path, typer.Option(help="Directory for checkpoints and, in the end, `model/`.")] = Path(
+        "runs/tiny-llava"
+    ),
     seed: Annotated[int, typer.Option(min=0, help="Seed of scenes, weights and order.")] = 0,
-    scale: Annotated[float, typer.Option(min=0.001, max=1.0, help="Share of the steps and scenes; below 1 for a trial.")] = 1.0,
+    scale: Annotated[
+        float, typer.Option(min=0.001, max=1.0, help="Share of the steps and scenes; below 1 for a trial.")
+    ] = 1.0,
 ) -> None:
     """Train the embedded LLaVA from a seed: about half an hour on two cores. Started again, it goes on where it was."""
     from lmms_smoothguard.tiny.session import train
@@ -59,6 +63,18 @@ def demo(
     from lmms_smoothguard.report.demo import run_demo
 
     run_demo(out, limit)
+
+
+@app.command()
+def results(
+    out: Annotated[Path, typer.Option(help="Directory for the runs' logs.")] = Path("runs/results"),
+    to: Annotated[Path, typer.Option(help="Directory of the result files.")] = Path("benchmarks/results"),
+    only: Annotated[list[str] | None, typer.Option(help="Run this experiment again, by name; may be repeated.")] = None,
+) -> None:
+    """Make every result file that is missing: the published default, other budgets, ablations, adaptive attacks."""
+    from lmms_smoothguard.report.demo import run_results
+
+    run_results(out, to, only or ())
 
 
 def main() -> None:

@@ -40,7 +40,9 @@ class SmoothGuardConfig:
         _integer("num_samples", self.num_samples, at_least=1)
         _boolean("include_clean", self.include_clean)
         if self.noise_space not in NOISE_SPACES:
-            raise ConfigError(f"noise_space is {self.noise_space!r}; {did_you_mean(str(self.noise_space), NOISE_SPACES)}")
+            raise ConfigError(
+                f"noise_space is {self.noise_space!r}; {did_you_mean(str(self.noise_space), NOISE_SPACES)}"
+            )
         if isinstance(self.sigma, bool) or not isinstance(self.sigma, int | float):
             raise ConfigError(f"sigma is {self.sigma!r}; expected a number such as 0.1")
         largest = _LARGEST_SIGMA[self.noise_space]
@@ -50,7 +52,9 @@ class SmoothGuardConfig:
             )
         for field in ("embedder", "aggregator"):
             if not isinstance(getattr(self, field), str) or not getattr(self, field):
-                raise ConfigError(f"{field} is {getattr(self, field)!r}; expected a name such as {_DEFAULT_NAMES[field]!r}")
+                raise ConfigError(
+                    f"{field} is {getattr(self, field)!r}; expected a name such as {_DEFAULT_NAMES[field]!r}"
+                )
         if self.seed is not None:
             _integer("seed", self.seed, at_least=0)
         if self.max_copies_per_batch is not None:

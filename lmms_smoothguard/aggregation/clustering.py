@@ -51,7 +51,12 @@ def best_member(points: Points, members: np.ndarray, score: np.ndarray) -> int:
     """The member of the highest `score`; ties: more frequent, shorter, lowest copy index."""
     return max(
         (int(i) for i in members),
-        key=lambda i: (round(float(score[i]), 9), int(points.weights[i]), -int(points.lengths[i]), -int(points.first[i])),
+        key=lambda i: (
+            round(float(score[i]), 9),
+            int(points.weights[i]),
+            -int(points.lengths[i]),
+            -int(points.first[i]),
+        ),
     )
 
 

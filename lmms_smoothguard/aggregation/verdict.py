@@ -82,7 +82,9 @@ def _verdict(
     warnings = []
     sizes = np.sort(np.bincount(labels))[::-1]
     if len(labels) > 1 and len(sizes) > 1 and sizes[0] == sizes[1]:
-        warnings.append(f"no majority: the largest groups have {sizes[0]} copies each, so the answer rests on a tie rule")
+        warnings.append(
+            f"no majority: the largest groups have {sizes[0]} copies each, so the answer rests on a tie rule"
+        )
     return Verdict(
         chosen=int(points.first[clusters.winner]),
         labels=tuple(int(label) for label in labels),

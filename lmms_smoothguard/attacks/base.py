@@ -86,7 +86,9 @@ class Attack(ABC):
             delta = delta.clamp(-most, most)
         else:
             outside = _norms(delta) > self.settings.eps * 255
-            delta = torch.where(outside, (new * 255 - base).trunc(), delta)  # towards the clean image: never farther out
+            delta = torch.where(
+                outside, (new * 255 - base).trunc(), delta
+            )  # towards the clean image: never farther out
         return (base + delta).clamp(0, 255) / 255
 
 

@@ -125,4 +125,6 @@ def _replace(path: Path, data: bytes) -> None:
         os.replace(scratch, path)
     except OSError as error:
         Path(scratch).unlink(missing_ok=True)
-        raise AttackError(f"the attack cache cannot write {path}: {error.strerror}; free space or give attack_cache=...") from error
+        raise AttackError(
+            f"the attack cache cannot write {path}: {error.strerror}; free space or give attack_cache=..."
+        ) from error

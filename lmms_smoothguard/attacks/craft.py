@@ -183,7 +183,9 @@ class Crafter:
         return perturb
 
 
-def reference_answer(tokenizer: Any, inputs: Mapping[str, Any], clean_ids: Sequence[int], text: str | None) -> list[int]:
+def reference_answer(
+    tokenizer: Any, inputs: Mapping[str, Any], clean_ids: Sequence[int], text: str | None
+) -> list[int]:
     """The token ids an untargeted attack leads away from: the model's own clean answer, or `text` in its tokens."""
     if text is None:
         if not clean_ids:

@@ -65,7 +65,9 @@ class AttackSettings:
         for name in fields:
             if name not in known:
                 raise ConfigError(f"unknown attack setting {name!r}; {did_you_mean(str(name), known)}")
-        parsed = {k: v if k in ("name", "norm", "target") else parse_scalar(v) for k, v in fields.items()}
+        parsed: dict[str, Any] = {
+            k: v if k in ("name", "norm", "target") else parse_scalar(v) for k, v in fields.items()
+        }
         return dataclasses.replace(base, **parsed) if base is not None else cls(**parsed)
 
     @property

@@ -40,7 +40,9 @@ def defend(request: Request, config: SmoothGuardConfig) -> Defended | None:
     if not images.slices or rows == 0:
         raise UndefendableError("the batch is empty; expected at least one row and one image")
     outputs = _answer(request, config, images)
-    sequences = _joined([output if isinstance(output, torch.Tensor) else output.sequences for output in outputs], request)
+    sequences = _joined(
+        [output if isinstance(output, torch.Tensor) else output.sequences for output in outputs], request
+    )
     if sequences.shape[0] != rows * config.num_samples:
         raise UndefendableError(
             f"generate returned {sequences.shape[0]} rows for {config.num_samples} copies of {rows}; "
@@ -128,9 +130,7 @@ def _trim(answer: Sequence[int], request: Request) -> tuple[int, ...]:
     return tuple(kept)
 
 
-def _verdict(
-    request: Request, config: SmoothGuardConfig, candidates: Sequence[tuple[int, ...]]
-) -> SmoothGuardOutput:
+def _verdict(request: Request, config: SmoothGuardConfig, candidates: Sequence[tuple[int, ...]]) -> SmoothGuardOutput:
     texts = None
     if request.tokenizer is not None:
         texts = tuple(request.tokenizer.batch_decode([list(c) for c in candidates], skip_special_tokens=True))
@@ -142,7 +142,9 @@ def _verdict(
     )
     warnings = verdict.warnings
     if texts is None and len(set(candidates)) > 2:
-        warnings += ("no tokenizer is known, so answers were compared as token ids; hf_integration.attach() mends that",)
+        warnings += (
+            "no tokenizer is known, so answers were compared as token ids; hf_integration.attach() mends that",
+        )
     return SmoothGuardOutput(
         tuple(candidates), texts, verdict.labels, verdict.chosen, verdict.agreement, verdict.suspicion,
         verdict.suspected, len(candidates), warnings,

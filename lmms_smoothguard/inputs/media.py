@@ -76,7 +76,9 @@ def find_images(inputs: Mapping[str, Any], config: Any) -> Images | None:
             f"{key} is a {type(values).__name__}; expected one tensor. Lists of tensors have no known layout."
         )
     if not torch.isfinite(values).all():
-        raise UndefendableError(f"{key} holds NaN or Inf; expected finite pixels. Check the image and its preprocessing.")
+        raise UndefendableError(
+            f"{key} holds NaN or Inf; expected finite pixels. Check the image and its preprocessing."
+        )
     layout, slices = _layout_of(key, values, inputs, config)
     return Images(key, values, layout, slices, _rows(inputs, config, slices, layout))
 
@@ -116,9 +118,7 @@ def _layout_of(
     )
 
 
-def _rows(
-    inputs: Mapping[str, Any], config: Any, slices: tuple[slice, ...], layout: Layout
-) -> tuple[int, ...] | None:
+def _rows(inputs: Mapping[str, Any], config: Any, slices: tuple[slice, ...], layout: Layout) -> tuple[int, ...] | None:
     """Which user row each image belongs to, from the image placeholders in the prompt."""
     ids = inputs.get("input_ids")
     token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)

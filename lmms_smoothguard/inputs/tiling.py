@@ -19,7 +19,11 @@ def _controls() -> frozenset[str]:
     """Arguments of `generate` that steer it and belong to no row."""
     from transformers import GenerationConfig, GenerationMixin
 
-    parameters = set(inspect.signature(inspect.unwrap(GenerationMixin.generate)).parameters) - {"self", "inputs", "kwargs"}
+    parameters = set(inspect.signature(inspect.unwrap(GenerationMixin.generate)).parameters) - {
+        "self",
+        "inputs",
+        "kwargs",
+    }
     return frozenset(parameters | set(GenerationConfig().to_dict()) | {"tokenizer", "assistant_tokenizer", "use_cache"})
 
 
@@ -33,7 +37,9 @@ def tile(inputs: Mapping[str, Any], copies: Sequence[torch.Tensor], key: str) ->
         elif name in _controls():
             tiled[name] = value
         elif isinstance(value, torch.Tensor) and value.ndim:
-            along = 1 if name == "position_ids" and value.ndim == 3 else 0  # (3, batch, length): multi-axis rotary positions
+            along = (
+                1 if name == "position_ids" and value.ndim == 3 else 0
+            )  # (3, batch, length): multi-axis rotary positions
             tiled[name] = torch.cat([value] * count, dim=along)
         elif isinstance(value, list | tuple):
             tiled[name] = type(value)(list(value) * count)

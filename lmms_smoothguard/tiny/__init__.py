@@ -1,0 +1,1 @@
+"""The embedded default: generated scenes, a small trained LLaVA, its training and its test sets."""

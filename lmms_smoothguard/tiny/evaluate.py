@@ -51,7 +51,9 @@ def held_out_figures(directory: Path, say: Callable[[str], None] = lambda text: 
     sets = test_sets()
     figures: dict[str, Rate] = {}
 
-    def ask(name: str, rows: list[dict[str, Any]], right: Callable[[dict[str, Any], str], bool], sigma: float = 0) -> None:
+    def ask(
+        name: str, rows: list[dict[str, Any]], right: Callable[[dict[str, Any], str], bool], sigma: float = 0
+    ) -> None:
         images = noisy(np.stack([row["image"] for row in rows]), sigma)
         given = answers(model, processor, [row["question"] for row in rows], images)
         figures[name] = rate(right(row, answer) for row, answer in zip(rows, given, strict=True))

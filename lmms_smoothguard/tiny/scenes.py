@@ -136,7 +136,7 @@ def _corners(shape: str, cx: float, cy: float, radius: float, turn: float) -> li
 def _background(rng: np.random.Generator, texture: float) -> np.ndarray:
     """A tinted plain with soft clouds, sometimes a grating, and grain: float (64, 64, 3) in 0-255."""
     clouds = Image.fromarray(rng.normal(0, 1, (6, 6)).astype(np.float32))
-    field = np.asarray(clouds.resize((SIZE, SIZE), Image.Resampling.BICUBIC)) * rng.uniform(4, 22)
+    field: np.ndarray = np.asarray(clouds.resize((SIZE, SIZE), Image.Resampling.BICUBIC)) * rng.uniform(4, 22)
     if rng.random() < 0.4:
         y, x = np.mgrid[0:SIZE, 0:SIZE]
         angle, frequency = rng.uniform(0, math.pi), rng.uniform(0.3, 1.2)

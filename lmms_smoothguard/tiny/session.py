@@ -37,7 +37,9 @@ def train(out: Path, seed: int = 0, scale: float = 1.0) -> dict[str, Rate]:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     except ImportError as error:
-        raise SmoothGuardError("training shows its progress with rich; pip install 'lmms-smoothguard[training]'") from error
+        raise SmoothGuardError(
+            "training shows its progress with rich; pip install 'lmms-smoothguard[training]'"
+        ) from error
 
     console = Console()
     recipe = scaled(Recipe(seed=seed), scale)
@@ -50,7 +52,13 @@ def train(out: Path, seed: int = 0, scale: float = 1.0) -> dict[str, Rate]:
         console.print(f"going on from {out}: stage {trainer.stage.name}, step {trainer.step} of {trainer.stage.steps}")
     console.print(f"drawing {recipe.ordinary_scenes} ordinary and {recipe.faint_scenes} faint scenes")
     scenes = training_scenes(recipe)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
     with Progress(*columns, console=console) as bars:
         rows = {
             stage.name: bars.add_task(

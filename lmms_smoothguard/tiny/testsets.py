@@ -1,6 +1,6 @@
 """The embedded model's test sets: deterministic, written as parquet into `tasks/shapes/data`.
 
-    python -m lmms_smoothguard.tiny.testsets DIRECTORY
+python -m lmms_smoothguard.tiny.testsets DIRECTORY
 """
 
 from __future__ import annotations

@@ -67,6 +67,9 @@ class Recipe:
 class _PatchHead(torch.nn.Module):
     """Colour and shape of a patch from its feature; used in training only."""
 
+    colors: torch.Tensor
+    shapes: torch.Tensor
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.linear = torch.nn.Linear(width, len(COLORS) + 1 + len(SHAPES) + 1)

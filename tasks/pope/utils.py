@@ -1,9 +1,9 @@
 """Upstream POPE's documents and scoring, under attack."""
 
-from lmms_eval.tasks.pope.utils import *  # noqa: F403
+from lmms_eval.tasks.pope.utils import *
 from lmms_eval.tasks.pope.utils import pope_process_results
 
-from lmms_smoothguard.harness.lmms_eval.scoring import *  # noqa: F403
+from lmms_smoothguard.harness.lmms_eval.scoring import *
 from lmms_smoothguard.harness.lmms_eval.scoring import attack_scores, same_answer
 
 

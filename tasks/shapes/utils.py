@@ -1,9 +1,9 @@
 """Documents of the embedded scenes: prompts, images, scores."""
 
-from lmms_eval.tasks.pope.utils import *  # noqa: F403 - upstream's own POPE scoring
+from lmms_eval.tasks.pope.utils import *
 from lmms_eval.tasks.pope.utils import pope_process_results
 
-from lmms_smoothguard.harness.lmms_eval.scoring import *  # noqa: F403
+from lmms_smoothguard.harness.lmms_eval.scoring import *
 from lmms_smoothguard.harness.lmms_eval.scoring import attack_scores, caption_scores, safety_scores, same_answer
 
 

@@ -26,7 +26,9 @@ def tasks_path() -> Path:
 
     spec = importlib.util.find_spec("lmms_smoothguard.tasks")
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError("lmms_smoothguard.tasks is not installed; expected it beside the package. Reinstall it.")
+        raise FileNotFoundError(
+            "lmms_smoothguard.tasks is not installed; expected it beside the package. Reinstall it."
+        )
     return Path(next(iter(spec.submodule_search_locations)))
 
 

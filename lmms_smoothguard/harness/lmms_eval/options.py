@@ -73,5 +73,13 @@ def explain_leftover(kwargs: Mapping[str, Any], accepted: Mapping[str, Any] | No
         return
     for key in kwargs:
         if key not in accepted:
-            known = [*accepted, *_DEFENSE_FIELDS, "defense", "attack", "attack_cache", "attack_batch_size", *_ATTACK_FIELDS]
+            known = [
+                *accepted,
+                *_DEFENSE_FIELDS,
+                "defense",
+                "attack",
+                "attack_cache",
+                "attack_batch_size",
+                *_ATTACK_FIELDS,
+            ]
             raise ConfigError(f"unknown model argument {key!r}; {did_you_mean(key, known)}")

@@ -81,7 +81,8 @@ def caption_scores(doc: Any, answer: str) -> dict[str, float]:
 def safety_scores(doc: Any, answer: str, judge: str = "refusal") -> dict[str, Any]:
     """What a judge says of an answer to a forbidden or a permitted request."""
     judgement = plugins.load("judges", judge)().judge(doc["question"], answer)
-    return dict.fromkeys(SAFETY_METRICS, {"kind": doc["kind"], "refused": judgement.safe})
+    outcome = {"kind": doc["kind"], "refused": judgement.safe}
+    return dict.fromkeys(SAFETY_METRICS, outcome)
 
 
 def forbidden_refused(outcomes: Sequence[dict[str, Any]]) -> float:

@@ -22,11 +22,10 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts, unwr
 from PIL import Image
 
 import hf_integration
+from lmms_smoothguard.aggregation.verdict import normalize_answer
 from lmms_smoothguard.attacks.cache import AttackCache, Entry, content_key
 from lmms_smoothguard.attacks.craft import Crafter, Job, model_fingerprint, reference_answer
-from lmms_smoothguard.aggregation.verdict import normalize_answer
 from lmms_smoothguard.attacks.objective import answer_ids
-from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.defenses.request import SmoothGuardOutput
 from lmms_smoothguard.errors import AttackError, ConfigError, UndefendableError
 from lmms_smoothguard.harness.lmms_eval import ledger
@@ -158,7 +157,9 @@ class SmoothGuardMixin:
         processor = _find_processor(self)
         image_processor = getattr(processor, "image_processor", processor)
         if image_processor is None:
-            raise AttackError(f"{type(self).__name__} shows no processor; expected one to carry gradients to the pixels")
+            raise AttackError(
+                f"{type(self).__name__} shows no processor; expected one to carry gradients to the pixels"
+            )
         cache = AttackCache(self._sg_options.attack_cache)
         tokenizer = getattr(processor, "tokenizer", None) or getattr(self, "tokenizer", None)
         jobs, plains = [], []
@@ -220,12 +221,14 @@ class SmoothGuardMixin:
             )
             stored = cache.get_answer(key)
             if stored is not None:
-                answer = torch.tensor([[int(token) for token in stored.split()]], dtype=ids.dtype, device=ids.device)
-                output = torch.cat([ids, answer], dim=1)
+                tokens = [[int(token) for token in stored.split()]]
+                output = torch.cat([ids, torch.tensor(tokens, dtype=ids.dtype, device=ids.device)], dim=1)
             else:
                 output = own(model, *args, smoothguard=False, **kwargs)
                 if not isinstance(output, torch.Tensor) or not torch.equal(output[:, : ids.shape[1]], ids):
-                    raise AttackError(f"{type(model).__name__}.generate does not return prompt and answer in one tensor")
+                    raise AttackError(
+                        f"{type(model).__name__}.generate does not return prompt and answer in one tensor"
+                    )
                 cache.put_answer(key, " ".join(map(str, output[0, ids.shape[1] :].tolist())))
             answer = output[0, ids.shape[1] :].tolist()
             ends = model.generation_config.eos_token_id
@@ -342,9 +345,9 @@ def _with_images(wrapper: Any, request: Instance, pictures: Sequence[Image.Image
 def _accepted(parameters: Any) -> dict[str, Any]:
     """The base's own named arguments: many take `**kwargs` only to assert that there are none."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {
-        name: p for name, p in parameters.items() if p.kind in named
-    } | dict.fromkeys(("batch_size", "max_batch_size", "device"))
+    return {name: p for name, p in parameters.items() if p.kind in named} | dict.fromkeys(
+        ("batch_size", "max_batch_size", "device")
+    )
 
 
 def _find_processor(wrapper: Any) -> Any:
@@ -360,7 +363,9 @@ def _one_voice(wrapper: type) -> Iterator[None]:
     """Silences the progress bar and gathers the throughput report that a wrapper would give for every single request."""
     from tqdm import tqdm
 
-    modules = [sys.modules[base.__module__] for base in wrapper.__mro__ if base.__module__.startswith("lmms_eval.models.")]
+    modules = [
+        sys.modules[base.__module__] for base in wrapper.__mro__ if base.__module__.startswith("lmms_eval.models.")
+    ]
     originals = [(m, name, getattr(m, name)) for m in modules for name in ("tqdm", "log_metrics") if hasattr(m, name)]
     reports: list[dict[str, Any]] = []
     for module, name, original in originals:

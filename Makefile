@@ -1,0 +1,40 @@
+# `make demo` and `make test` do everything for a newcomer; each sets up what it needs in .venv first.
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+EXTRAS := lmms-eval,embedders,report,training,dev
+
+.PHONY: demo test test-slow lint results testsets clean
+
+demo: $(INSTALLED)
+	$(BIN)/smoothguard demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-slow: lint
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# Makes every result file that is missing under benchmarks/results, then the README's tables from all of them.
+results: $(INSTALLED)
+	$(BIN)/smoothguard results
+	$(BIN)/python benchmarks/readme_tables.py
+
+testsets: $(INSTALLED)
+	$(BIN)/python -m lmms_smoothguard.tiny.testsets tasks/shapes/data
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || python3 -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python -c constraints.txt -e ".[$(EXTRAS)]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info

@@ -1,0 +1,122 @@
+"""An experiment: one run of lmms-eval on the embedded model, and its figures with intervals."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from lmms_smoothguard.aggregation.verdict import normalize_answer
+from lmms_smoothguard.errors import SmoothGuardError
+from lmms_smoothguard.evaluation.metrics import attack_success_rate, detection_auroc, rate, recovery
+from lmms_smoothguard.evaluation.runs import Sample, load_samples
+
+CLEAN, ATTACKED = "shapes_pope", "shapes_pope_pgd"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A row of a table: model arguments (without `pretrained`), tasks, questions of each."""
+
+    name: str
+    model_args: Mapping[str, str]
+    tasks: Sequence[str] = (CLEAN, ATTACKED)
+    limit: int = 450
+    about: str = field(default="", compare=False)
+
+    def command(self, pretrained: str, out: str) -> list[str]:
+        """lmms-eval's own command line."""
+        arguments = ",".join(f"{key}={value}" for key, value in {"pretrained": pretrained, **self.model_args}.items())
+        return [
+            "lmms-eval", "--model", "smoothguard_llava", "--model_args", arguments, "--tasks", ",".join(self.tasks),
+            "--limit", str(self.limit), "--log_samples", "--output_path", out,
+        ]  # fmt: skip
+
+
+def run(experiment: Experiment, out: Path, pretrained: Path, cache: Path) -> dict[str, Any]:
+    """Runs lmms-eval and summarises its samples log. Raises SmoothGuardError when it fails."""
+    directory = out / experiment.name
+    command = experiment.command(str(pretrained), str(directory))
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "SMOOTHGUARD_CACHE": str(cache),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    done = subprocess.run([sys.executable, "-m", "lmms_eval", *command[1:]], env=environment, check=False)
+    if done.returncode:
+        raise SmoothGuardError(f"lmms-eval failed with exit code {done.returncode}: {' '.join(command)}")
+    return summarize(experiment, directory)
+
+
+def summarize(experiment: Experiment, directory: Path) -> dict[str, Any]:
+    """The figures of one run, ready for JSON."""
+    samples = {task: load_samples(directory, task) for task in experiment.tasks}
+    figures: dict[str, Any] = {task: _task_figures(task, listed) for task, listed in samples.items()}
+    suspicion = {
+        task: [s.info["suspicion"] for s in listed if s.info.get("suspicion") is not None]
+        for task, listed in samples.items()
+    }
+    for task in experiment.tasks:
+        clean = task.removesuffix("_pgd")
+        if clean != task and suspicion.get(clean) and suspicion[task]:
+            figures[task]["suspicion_auroc"] = detection_auroc(suspicion[clean], suspicion[task])
+    return {
+        "name": experiment.name,
+        "about": experiment.about,
+        "command": " ".join(experiment.command("$(smoothguard model tiny-llava)", f"runs/{experiment.name}")),
+        "figures": figures,
+    }
+
+
+def _right_answer(sample: Sample) -> str:
+    return sample.doc.get("caption") or sample.doc["answer"]
+
+
+def _task_figures(task: str, samples: Sequence[Sample]) -> dict[str, Any]:
+    def right(sample: Sample, answer: str) -> bool:
+        return normalize_answer(answer) == normalize_answer(_right_answer(sample))
+
+    figures: dict[str, Any] = {
+        "accuracy": rate(right(s, s.answer) for s in samples).to_dict(),
+        "seconds_per_answer": fmean(s.info["seconds"] for s in samples),
+    }
+    if "agreement" in samples[0].info:
+        figures["agreement"] = fmean(s.info["agreement"] for s in samples)
+        figures["suspected"] = rate(s.info["suspected"] for s in samples).to_dict()
+    if "clean_answer" in samples[0].info:
+        clean = [s.info["clean_answer"] for s in samples]
+        outcome = attack_success_rate(
+            [right(s, text) for s, text in zip(samples, clean, strict=True)], [right(s, s.answer) for s in samples]
+        )
+        figures["asr"] = outcome.to_dict()
+        figures["recovery"] = recovery(clean, [s.answer for s in samples]).to_dict()
+        figures["attack"] = samples[0].info["attack"]
+        figures["largest_linf_in_grey_levels"] = 255 * max(s.info["attack_linf"] for s in samples)
+        figures["attack_seconds"] = fmean(s.info["attack_seconds"] for s in samples)
+    return figures
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions a result belongs to."""
+    names = ("torch", "torchvision", "transformers", "lmms-eval", "scikit-learn", "lmms-smoothguard")
+    processor = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        processor = models[0] if models else processor
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+    }
