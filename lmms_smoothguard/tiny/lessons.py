@@ -110,7 +110,8 @@ class Teacher:
         sees &= torch.ones(ROW_LENGTH, ROW_LENGTH, dtype=torch.bool).tril()
         sees |= torch.eye(ROW_LENGTH, dtype=torch.bool)
         mask = torch.zeros(sees.shape).masked_fill(~sees, -1e9)[:, None]
-        return Batch(*map(torch.from_numpy, (ids, positions, targets, weights)), attention_mask=mask)
+        tensors = [torch.from_numpy(array) for array in (ids, positions, targets, weights)]
+        return Batch._make([*tensors, mask])
 
 
 def language_prefix() -> tuple[str, str]:

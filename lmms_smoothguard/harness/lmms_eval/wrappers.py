@@ -14,7 +14,7 @@ import importlib
 import inspect
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,13 +23,15 @@ from PIL import Image
 
 import hf_integration
 from lmms_smoothguard.aggregation.verdict import normalize_answer
-from lmms_smoothguard.attacks.cache import AttackCache, Entry, content_key
+from lmms_smoothguard.attacks.cache import AttackCache, Entry
 from lmms_smoothguard.attacks.craft import Crafter, Job, model_fingerprint, reference_answer
 from lmms_smoothguard.attacks.objective import answer_ids
 from lmms_smoothguard.defenses.request import SmoothGuardOutput
 from lmms_smoothguard.errors import AttackError, ConfigError, UndefendableError
 from lmms_smoothguard.harness.lmms_eval import ledger
+from lmms_smoothguard.harness.lmms_eval.instances import document_of, images_of, with_images
 from lmms_smoothguard.harness.lmms_eval.options import Options, TaskAttack, explain_leftover, take_options
+from lmms_smoothguard.harness.lmms_eval.recording import PlainPass, recorded
 
 
 class SampleCounts(TokenCounts):
@@ -41,15 +43,6 @@ class SampleCounts(TokenCounts):
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), **self.info}
-
-
-@dataclasses.dataclass
-class _Plain:
-    """A clean, undefended pass of one request: what `generate` was given and gave, and the wrapper's final text."""
-
-    inputs: dict[str, Any] = dataclasses.field(default_factory=dict)
-    answer: tuple[int, ...] = ()
-    text: str = ""
 
 
 class SmoothGuardMixin:
@@ -121,7 +114,7 @@ class SmoothGuardMixin:
         info["seconds"] = time.perf_counter() - started
         if self._sg_options.defense is not None:
             verdicts = [verdict for call in seen.verdicts for verdict in call]
-            if not verdicts and _images(self, request):
+            if not verdicts and images_of(self, request):
                 raise UndefendableError(
                     f"{type(self).__name__} answered {request.task_name}[{request.doc_id}] without a defended generate(); "
                     "this wrapper bypasses it, so its answers would be undefended"
@@ -164,14 +157,14 @@ class SmoothGuardMixin:
         tokenizer = getattr(processor, "tokenizer", None) or getattr(self, "tokenizer", None)
         jobs, plains = [], []
         for request, attack in tqdm(todo, desc="clean answers", unit="sample", disable=getattr(self, "rank", 0) != 0):
-            images = _images(self, request)
+            images = images_of(self, request)
             if not images:
                 raise AttackError(
                     f"{request.task_name}[{request.doc_id}] has no image to attack; expected an image task"
                 )
             plain = self._sg_plain(request, cache)
             plains.append(plain)
-            jobs.append(_job(attack, _document(self, request), tuple(images), plain, tokenizer))
+            jobs.append(_job(attack, document_of(self, request), tuple(images), plain, tokenizer))
         crafter = Crafter(
             self._sg_model(), image_processor, cache, self._sg_options.defense, self._sg_options.attack_batch_size
         )
@@ -181,7 +174,7 @@ class SmoothGuardMixin:
             for (request, attack), plain, entry in zip(todo, plains, entries, strict=True)
         }
 
-    def _sg_attacked(self, request: Instance, attack: TaskAttack, plain: _Plain, entry: Entry) -> Instance:
+    def _sg_attacked(self, request: Instance, attack: TaskAttack, plain: PlainPass, entry: Entry) -> Instance:
         info = {
             "attack": entry.record["attack"],
             "attack_linf": entry.record["linf"],
@@ -189,75 +182,25 @@ class SmoothGuardMixin:
             "attack_seconds": entry.record["seconds"],
             "clean_answer": plain.text,
         }
-        ledger.record(request.task_name, _document(self, request), ledger.Finding(plain.text, info))
+        ledger.record(request.task_name, document_of(self, request), ledger.Finding(plain.text, info))
         pictures = [Image.fromarray(image) for image in entry.images]
         return dataclasses.replace(
             request,
-            arguments=_with_images(self, request, pictures),
+            arguments=with_images(self, request, pictures),
             metadata={**request.metadata, "_smoothguard": info},
         )
 
-    def _sg_plain(self, request: Instance, cache: AttackCache) -> _Plain:
+    def _sg_plain(self, request: Instance, cache: AttackCache) -> PlainPass:
         """The undefended answer to the clean request, and the inputs that the wrapper's ordinary path made of it."""
-        model, plain = self._sg_model(), _Plain()
-        own = type(model).generate
+        model = self._sg_model()
         if self._sg_fingerprint is None:
             self._sg_fingerprint = model_fingerprint(model)
-
-        def recorded(*args: Any, **kwargs: Any) -> Any:
-            plain.inputs = {k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor)}
-            if args or "input_ids" not in kwargs or "pixel_values" not in kwargs:
-                raise AttackError(
-                    f"{type(self).__name__} calls generate({', '.join(kwargs)}); expected input_ids and pixel_values"
-                )
-            ids = kwargs["input_ids"]
-            settings = {k: v for k, v in kwargs.items() if isinstance(v, str | int | float | bool | type(None))}
-            key = content_key(
-                kind="clean answer",
-                model=self._sg_fingerprint,
-                settings=settings,
-                prompt=ids.cpu().numpy(),
-                pixels=kwargs["pixel_values"].float().cpu().numpy(),
-            )
-            stored = cache.get_answer(key)
-            if stored is not None:
-                tokens = [[int(token) for token in stored.split()]]
-                output = torch.cat([ids, torch.tensor(tokens, dtype=ids.dtype, device=ids.device)], dim=1)
-            else:
-                output = own(model, *args, smoothguard=False, **kwargs)
-                if not isinstance(output, torch.Tensor) or not torch.equal(output[:, : ids.shape[1]], ids):
-                    raise AttackError(
-                        f"{type(model).__name__}.generate does not return prompt and answer in one tensor"
-                    )
-                cache.put_answer(key, " ".join(map(str, output[0, ids.shape[1] :].tolist())))
-            answer = output[0, ids.shape[1] :].tolist()
-            ends = model.generation_config.eos_token_id
-            stop = {*(ends if isinstance(ends, list) else [ends]), kwargs.get("eos_token_id")}
-            cut = next((index for index, token in enumerate(answer) if token in stop), len(answer))
-            plain.answer = tuple(answer[:cut])
-            return output
-
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return recorded(*args, **kwargs)
-            except Exception as error:
-                failure.append(error)
-                raise
-
-        failure: list[Exception] = []
-        model.generate = generate
-        try:
+        with recorded(model, self._sg_fingerprint, cache) as plain:
             plain.text, _, _ = self._sg_base(request)
-        finally:
-            del model.generate
-        if failure:
-            raise failure[0]
-        if not plain.inputs:
-            raise AttackError(f"{type(self).__name__} never called generate(); its model cannot be attacked")
         return plain
 
 
-def _job(attack: TaskAttack, doc: Any, images: tuple[Image.Image, ...], plain: _Plain, tokenizer: Any) -> Job:
+def _job(attack: TaskAttack, doc: Any, images: tuple[Image.Image, ...], plain: PlainPass, tokenizer: Any) -> Job:
     settings = attack.settings
     target = settings.target
     if attack.target_field is not None:
@@ -287,56 +230,6 @@ def _summary(verdicts: Sequence[SmoothGuardOutput]) -> dict[str, Any]:
         "labels": list(last.labels),
         "warnings": list(last.warnings),
     }
-
-
-# -- the two kinds of request ------------------------------------------------------------------------------------------
-
-
-def _document(wrapper: Any, request: Instance) -> Any:
-    *_, doc_id, task, split = request.args
-    return wrapper.task_dict[task][split][doc_id]
-
-
-def _place_of_media(wrapper: Any) -> int:
-    """Where a request's arguments have doc_to_messages (chat) or doc_to_visual (simple)."""
-    return 2 if getattr(wrapper, "is_simple", True) else 1
-
-
-def _images(wrapper: Any, request: Instance) -> list[Image.Image]:
-    """The request's own images, in order."""
-    media = request.args[_place_of_media(wrapper)](_document(wrapper, request))
-    if getattr(wrapper, "is_simple", True):
-        return [item for item in media or [] if isinstance(item, Image.Image)]
-    return [part["url"] for part in _image_parts(media)]
-
-
-def _image_parts(messages: Any) -> list[dict[str, Any]]:
-    return [
-        part
-        for message in messages
-        for part in (message["content"] if isinstance(message["content"], list) else [])
-        if part.get("type") == "image" and isinstance(part.get("url"), Image.Image)
-    ]
-
-
-def _with_images(wrapper: Any, request: Instance, pictures: Sequence[Image.Image]) -> tuple[Any, ...]:
-    """The request's arguments with other images in the same places."""
-    place = _place_of_media(wrapper)
-    own: Callable[..., Any] = request.args[place]
-
-    def visuals(doc: Any, *args: Any, **kwargs: Any) -> Any:
-        left = list(pictures)
-        return [left.pop(0) if isinstance(item, Image.Image) else item for item in own(doc, *args, **kwargs)]
-
-    def messages(doc: Any, *args: Any, **kwargs: Any) -> Any:
-        made = own(doc, *args, **kwargs)
-        for part, picture in zip(_image_parts(made), pictures, strict=True):
-            part["url"] = picture
-        return made
-
-    swapped = list(request.args)
-    swapped[place] = visuals if getattr(wrapper, "is_simple", True) else messages
-    return tuple(swapped)
 
 
 # -- the wrapper underneath --------------------------------------------------------------------------------------------

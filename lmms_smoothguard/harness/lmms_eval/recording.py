@@ -1,0 +1,82 @@
+"""Watches a wrapper's ordinary path through one clean, undefended answer: what `generate` is given, what it gives."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from lmms_smoothguard.attacks.cache import AttackCache, content_key
+from lmms_smoothguard.errors import AttackError
+
+
+@dataclasses.dataclass
+class PlainPass:
+    """`inputs`: the tensors generate was given; `answer`: the token ids it gave, without the end; `text`: the wrapper's."""
+
+    inputs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    answer: tuple[int, ...] = ()
+    text: str = ""
+
+
+@contextlib.contextmanager
+def recorded(model: Any, fingerprint: str, cache: AttackCache) -> Iterator[PlainPass]:
+    """Records the one call of `model.generate` made inside, without any defence; a known answer comes from the cache.
+
+    Raises AttackError when there is no such call, or one that an attack cannot work with.
+    """
+    seen, own = PlainPass(), type(model).generate
+    failures: list[Exception] = []
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return _answer(model, own, fingerprint, cache, seen, args, kwargs)
+        except Exception as error:
+            failures.append(error)  # wrappers swallow exceptions
+            raise
+
+    model.generate = generate
+    try:
+        yield seen
+    finally:
+        del model.generate
+    if failures:
+        raise failures[0]
+    if not seen.inputs:
+        raise AttackError(f"generate() of {type(model).__name__} was never called; its wrapper cannot be attacked")
+
+
+def _answer(
+    model: Any, own: Any, fingerprint: str, cache: AttackCache, seen: PlainPass, args: Any, kwargs: dict[str, Any]
+) -> torch.Tensor:
+    if args or "input_ids" not in kwargs or "pixel_values" not in kwargs:
+        raise AttackError(f"generate() is called with {', '.join(kwargs)}; expected input_ids and pixel_values by name")
+    seen.inputs = {key: value for key, value in kwargs.items() if isinstance(value, torch.Tensor)}
+    ids = kwargs["input_ids"]
+    if ids.shape[0] != 1:
+        raise AttackError(f"generate() is called with {ids.shape[0]} rows; expected one request at a time")
+    key = content_key(
+        kind="clean answer",
+        model=fingerprint,
+        settings={k: v for k, v in kwargs.items() if isinstance(v, str | int | float | bool | None)},
+        prompt=ids.cpu().numpy(),
+        pixels=kwargs["pixel_values"].float().cpu().numpy(),
+    )
+    stored = cache.get_answer(key)
+    if stored is not None:
+        tokens = [int(token) for token in stored.split()]
+        output = torch.cat([ids, torch.tensor([tokens], dtype=ids.dtype, device=ids.device)], dim=1)
+    else:
+        output = own(model, smoothguard=False, **kwargs)
+        if not isinstance(output, torch.Tensor) or not torch.equal(output[:, : ids.shape[1]], ids):
+            raise AttackError(f"{type(model).__name__}.generate does not return prompt and answer in one tensor")
+        tokens = output[0, ids.shape[1] :].tolist()
+        cache.put_answer(key, " ".join(map(str, tokens)))
+    ends = model.generation_config.eos_token_id
+    stop = {*(ends if isinstance(ends, list) else [ends]), kwargs.get("eos_token_id")}
+    cut = next((index for index, token in enumerate(tokens) if token in stop), len(tokens))
+    seen.answer = tuple(tokens[:cut])
+    return output
