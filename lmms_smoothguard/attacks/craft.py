@@ -131,7 +131,7 @@ class Crafter:
             renderer,
             prompts,
             [job.answer for job in jobs.values()],
-            targeted=settings.target is not None,
+            kind=settings.loss if settings.target is None else "target",
             perturb=self._perturbation(settings) if settings.eot else None,
             draws=settings.eot,
         )

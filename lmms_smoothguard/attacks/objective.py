@@ -35,8 +35,28 @@ def answer_ids(tokenizer: Any, prompt_ids: Sequence[int], text: str) -> list[int
     return list(ids)
 
 
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+
+
+def _margin(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    right = logits.gather(-1, labels[..., None])[..., 0]
+    return logits.scatter(-1, labels[..., None], float("-inf")).amax(-1) - right
+
+
+_TOKEN_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "target": lambda logits, labels: -_cross_entropy(logits, labels),
+    "ce": _cross_entropy,
+    "margin": _margin,
+}
+"""(batch, tokens, vocabulary) logits and (batch, tokens) labels -> (batch, tokens), larger is better for the attacker."""
+
+
 class AnswerLoss:
-    """The mean cross-entropy of one answer a row: raised for a reference (untargeted), lowered for a target.
+    """How far the model is from saying one answer a row, meaned over the answer's tokens.
+
+    kind "target": minus the cross-entropy of a target; "ce": the cross-entropy of a reference to be led away from;
+    "margin": by how much the best other token beats the reference's (Carlini & Wagner 2017).
 
     prompts: captured inputs of each row, batch size 1, without pixels; answers: token ids of each row's answer;
     perturb: adds one draw of a defence's noise, `draws` of which are averaged a step (EOT); None attacks the model bare.
@@ -49,13 +69,13 @@ class AnswerLoss:
         prompts: Sequence[Mapping[str, Any]],
         answers: Sequence[Sequence[int]],
         *,
-        targeted: bool,
+        kind: str,
         perturb: Perturb | None = None,
         draws: int = 1,
         pixel_key: str = "pixel_values",
     ) -> None:
         self._model, self._renderer, self._key = model, renderer, pixel_key
-        self._sign = -1.0 if targeted else 1.0
+        self._token_loss = _TOKEN_LOSSES[kind]
         self._perturb, self._draws = perturb, draws if perturb is not None else 1
         self._text, self._labels = _pack(prompts, answers)
         self._keep = max(len(answer) for answer in answers) + 1
@@ -72,11 +92,9 @@ class AnswerLoss:
         extra = {"logits_to_keep": self._keep} if self._cuts_logits else {}
         logits = self._model(**inputs, use_cache=False, **extra).logits[:, -self._keep : -1].float()
         labels = self._labels[:, -self._keep + 1 :].to(logits.device).repeat(len(copies), 1)
-        token_loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
-        ).view(labels.shape)
-        loss = token_loss.sum(1) / (labels >= 0).sum(1)
-        return self._sign * loss.view(len(copies), -1).mean(0)
+        answered = labels >= 0
+        token_loss = self._token_loss(logits, labels.clamp(min=0)) * answered
+        return (token_loss.sum(1) / answered.sum(1)).view(len(copies), -1).mean(0)
 
 
 def _pack(

@@ -12,6 +12,7 @@ from lmms_smoothguard.config import parse_scalar
 from lmms_smoothguard.errors import ConfigError, did_you_mean
 
 NORMS = ("linf", "l2")
+LOSSES = ("margin", "ce")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,8 @@ class AttackSettings:
     name: a registered attack; eps: radius in [0, 1] pixel units (L2: of the whole image); steps: gradient steps, never
     stopped early; step_size: None = max(eps / 8, half a grey level); target: a text to be forced, None = untargeted
     (away from the right answer); eot: draws of the defence's noise a step, 0 = attack the undefended model;
+    loss: what an untargeted attack raises, "margin" (the best other token over the right one) or "ce" (cross-entropy,
+    whose gradient fades where the model is sure); a targeted one always lowers the cross-entropy of its target;
     random_start: begin anywhere in the ball; seed: of the attacker's own randomness.
     """
 
@@ -29,6 +32,7 @@ class AttackSettings:
     eps: float = 4 / 255
     steps: int = 40
     step_size: float | None = None
+    loss: str = "margin"
     target: str | None = None
     eot: int = 0
     random_start: bool = True
@@ -40,6 +44,8 @@ class AttackSettings:
             raise ConfigError(f"unknown attack {self.name!r}; {did_you_mean(str(self.name), known)}")
         if self.norm not in NORMS:
             raise ConfigError(f"attack norm is {self.norm!r}; {did_you_mean(str(self.norm), NORMS)}")
+        if self.loss not in LOSSES:
+            raise ConfigError(f"attack loss is {self.loss!r}; {did_you_mean(str(self.loss), LOSSES)}")
         if not _number(self.eps) or not math.isfinite(self.eps) or self.eps < 0:
             raise ConfigError(f"attack eps is {self.eps!r}; expected 0 or more in [0, 1] pixel units, such as 4/255")
         if self.norm == "linf" and self.eps > 1:
@@ -66,7 +72,7 @@ class AttackSettings:
             if name not in known:
                 raise ConfigError(f"unknown attack setting {name!r}; {did_you_mean(str(name), known)}")
         parsed: dict[str, Any] = {
-            k: v if k in ("name", "norm", "target") else parse_scalar(v) for k, v in fields.items()
+            k: v if k in ("name", "norm", "loss", "target") else parse_scalar(v) for k, v in fields.items()
         }
         return dataclasses.replace(base, **parsed) if base is not None else cls(**parsed)
 

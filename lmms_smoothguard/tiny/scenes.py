@@ -136,7 +136,7 @@ def _corners(shape: str, cx: float, cy: float, radius: float, turn: float) -> li
 def _background(rng: np.random.Generator, texture: float) -> np.ndarray:
     """A tinted plain with soft clouds, sometimes a grating, and grain: float (64, 64, 3) in 0-255."""
     clouds = Image.fromarray(rng.normal(0, 1, (6, 6)).astype(np.float32))
-    field = np.asarray(clouds.resize((SIZE, SIZE), Image.Resampling.BICUBIC), np.float64) * rng.uniform(4, 22)
+    field: np.ndarray = np.asarray(clouds.resize((SIZE, SIZE), Image.Resampling.BICUBIC)) * rng.uniform(4, 22)
     if rng.random() < 0.4:
         y, x = np.mgrid[0:SIZE, 0:SIZE]
         angle, frequency = rng.uniform(0, math.pi), rng.uniform(0.3, 1.2)
@@ -170,8 +170,8 @@ def draw_scene(rng: np.random.Generator, *, faint: bool = False) -> Scene:
             else:
                 pen.polygon(_corners(SHAPES[shape_of(obj)], cx, cy, radius, turn), fill=fill)
         canvas = painted if opacity == 1.0 else Image.blend(canvas, painted, opacity)
-    pixels = np.asarray(canvas.resize((SIZE, SIZE), Image.Resampling.BOX), np.float64)
-    pixels = pixels + rng.normal(0, texture * rng.uniform(0, 5), pixels.shape)
+    smooth = np.asarray(canvas.resize((SIZE, SIZE), Image.Resampling.BOX)).astype(np.float32)
+    pixels = smooth + rng.normal(0, texture * rng.uniform(0, 5), smooth.shape)
     return Scene(pixels.clip(0, 255).astype(np.uint8), tuple(sorted(objects)), _patch_labels(np.asarray(labels)))
 
 

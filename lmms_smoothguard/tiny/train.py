@@ -1,8 +1,9 @@
-"""Trains the embedded model from a seed, in three stages, resumable after a kill.
+"""Trains the embedded model from a seed, in four stages, resumable after a kill.
 
 1. `sight`: the vision tower alone, a colour and a shape label for every patch.
 2. `speech`: all of it, on ordinary scenes, half of them noised.
 3. `contrast`: ordinary noised scenes mixed with faint ones that are never noised (the model card says why).
+4. `steadiness`: the same mix with more noise, so that what is seen through noise is seen for certain.
 
 A checkpoint is two files that replace their predecessors atomically: tensors as safetensors and a small JSON.
 """
@@ -61,6 +62,7 @@ class Recipe:
         Stage("sight", steps=300, batch=96, lr=1.5e-3),
         Stage("speech", steps=2200, batch=32, lr=1.2e-3),
         Stage("contrast", steps=2400, batch=32, lr=1.2e-3, faint_share=0.45, noised_share=0.6, sigma=(0.12, 0.3)),
+        Stage("steadiness", steps=2000, batch=32, lr=8e-4, faint_share=0.42, noised_share=0.85, sigma=(0.15, 0.3)),
     )
 
 

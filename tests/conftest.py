@@ -1,0 +1,77 @@
+"""Fixtures: the embedded trained model, a few scenes, a cache of its own for every test."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from PIL import Image
+
+import hf_integration
+from lmms_smoothguard.tiny import language
+from lmms_smoothguard.tiny.model import MODEL_DIR, prompt
+from lmms_smoothguard.tiny.scenes import make_scenes
+
+
+@pytest.fixture(scope="session")
+def trained():
+    """The embedded model and its processor, shared: read-only."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(MODEL_DIR).eval()
+    return model, AutoProcessor.from_pretrained(MODEL_DIR)
+
+
+@pytest.fixture
+def llava(trained):
+    """The embedded model with its generation config put back after the test."""
+    model, processor = trained
+    hf_integration.enable()
+    hf_integration.attach(model, processor)
+    yield model, processor
+    model.generation_config.smoothguard = None
+    hf_integration.enable()
+
+
+@pytest.fixture(scope="session")
+def scenes():
+    return make_scenes(12, 500)
+
+
+@pytest.fixture(scope="session")
+def images(scenes):
+    return [Image.fromarray(image) for image in scenes.images]
+
+
+@pytest.fixture
+def batch(trained, scenes, images):
+    """Makes processor inputs for scenes by number, each with an existence question of its own length."""
+    _, processor = trained
+
+    def make(*numbers, question=None):
+        texts = [
+            prompt(
+                question or language.existence_question(scenes.present(n)[0]) + (language.POPE_SUFFIX if n % 2 else "")
+            )
+            for n in numbers
+        ]
+        return processor(images=[images[n] for n in numbers], text=texts, padding=True, return_tensors="pt")
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SMOOTHGUARD_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def unchanged_random_state():
+    """Fails the test if it moves torch's global random state."""
+    before = torch.random.get_rng_state()
+    yield
+    assert torch.equal(before, torch.random.get_rng_state())

@@ -1,0 +1,188 @@
+"""What goes wrong in real life: a clear error, or a stated outcome."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from PIL import Image
+
+from lmms_smoothguard.errors import UndefendableError
+from lmms_smoothguard.tiny.model import prompt
+
+PIXEL = {"sigma": 0.2, "noise_space": "pixel"}
+
+
+def ask(llava, image):
+    model, processor = llava
+    inputs = processor(images=[image], text=prompt("Describe the image."), return_tensors="pt")
+    return model.generate(**inputs, max_new_tokens=32, smoothguard=PIXEL, return_dict_in_generate=True).smoothguard[0]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "LA"])
+def test_every_colour_mode_is_defended(llava, images, mode):
+    model, processor = llava
+    image = images[0].convert(mode)
+    if mode in ("RGBA", "P"):
+        assert ask(llava, image).num_samples_used == 10
+    else:  # what the processor makes of grey pictures is its own business: an answer or its own error
+        assert ask(llava, image.convert("RGB")).num_samples_used == 10
+
+
+def test_one_pixel(llava):
+    assert ask(llava, Image.new("RGB", (1, 1), (200, 30, 30))).num_samples_used == 10
+
+
+def test_truncated_file(llava, images):
+    buffer = io.BytesIO()
+    images[0].save(buffer, "PNG")
+    cut = Image.open(io.BytesIO(buffer.getvalue()[:2000]))
+    with pytest.raises(OSError, match="truncated"):
+        ask(llava, cut)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_pixels_that_are_not_finite(llava, batch, value):
+    model, _ = llava
+    inputs = batch(0)
+    inputs["pixel_values"][0, 0, 0, 0] = value
+    with pytest.raises(UndefendableError, match="NaN or Inf"):
+        model.generate(**inputs, smoothguard=True)
+
+
+@pytest.mark.parametrize("key", ["input_features", "input_values", "audio_values"])
+def test_audio_is_refused_with_the_reason(llava, batch, key):
+    model, _ = llava
+    with pytest.raises(UndefendableError, match="waveform"):
+        model.generate(**batch(0), **{key: torch.zeros(1, 8)}, smoothguard=True)
+
+
+@pytest.mark.parametrize("value", [torch.zeros(1, 8), [torch.zeros(2)], [[torch.zeros(2)]]])
+def test_unknown_media_is_refused(llava, batch, value):
+    model, _ = llava
+    with pytest.raises(UndefendableError, match="mystery_patches is a continuous input of unknown layout"):
+        model.generate(**batch(0), mystery_patches=value, smoothguard=True)
+
+
+def test_video_is_refused(llava, batch):
+    model, _ = llava
+    with pytest.raises(UndefendableError, match="video"):
+        model.generate(**batch(0), pixel_values_videos=torch.zeros(1, 2, 3, 8, 8), smoothguard=True)
+
+
+def test_unknown_patch_layout_is_refused(llava, batch):
+    model, _ = llava
+    inputs = batch(0)
+    inputs["pixel_values"] = torch.zeros(4, 12)
+    with pytest.raises(UndefendableError, match="unknown layout"):
+        model.generate(**inputs, smoothguard=True)
+
+
+def test_a_cache_may_hide_an_image(llava, batch):
+    from transformers import DynamicCache
+
+    model, processor = llava
+    text = processor.tokenizer("<s>USER: hello ASSISTANT:", return_tensors="pt")
+    with pytest.raises(UndefendableError, match="never defended"):
+        model.generate(**text, past_key_values=DynamicCache(), smoothguard=True)
+    with pytest.raises(UndefendableError, match="cannot be shared"):
+        model.generate(**batch(0), past_key_values=DynamicCache(), smoothguard=True)
+
+
+def test_precomputed_embeddings_are_refused(llava, batch):
+    model, _ = llava
+    inputs = batch(0)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    with pytest.raises(UndefendableError, match="inputs_embeds"):
+        model.generate(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], smoothguard=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        ({"num_return_sequences": 2, "num_beams": 2}, "num_return_sequences is 2"),
+        ({"prompt_lookup_num_tokens": 3}, "assisted decoding"),
+        ({"cache_implementation": "paged"}, "paged"),
+    ],
+)
+def test_modes_without_one_answer_a_copy(llava, batch, arguments, hint):
+    model, _ = llava
+    with pytest.raises(UndefendableError, match=hint):
+        model.generate(**batch(0), smoothguard=True, **arguments)
+
+
+def test_an_assistant_model_is_refused(llava, batch):
+    model, _ = llava
+    with pytest.raises(UndefendableError, match="assistant_model"):
+        model.generate(**batch(0), smoothguard=True, assistant_model=model)
+
+
+def test_continuous_batching_is_refused_while_the_config_asks_for_the_defence(llava):
+    model, _ = llava
+    model.generation_config.smoothguard = True
+    with pytest.raises(UndefendableError, match="bypasses generate"):
+        model.generate_batch([[1, 2, 3]])
+
+
+def test_pixel_space_without_a_known_scale(batch):
+    """A model type that no image processor is known for, and no directory."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    from lmms_smoothguard.inputs import statistics
+
+    class Nameless(LlavaForConditionalGeneration):
+        pass
+
+    config = LlavaConfig.from_dict({"model_type": "llava"})
+    holder = type("Holder", (), {"config": config, "name_or_path": ""})()
+    config.model_type = "unheard_of"
+    with pytest.raises(UndefendableError, match="hf_integration.attach"):
+        statistics.pixel_statistics(holder)
+
+
+def test_one_copy(llava, batch):
+    model, _ = llava
+    inputs = batch(0)
+    plain = model.generate(**inputs, max_new_tokens=4)
+    out = model.generate(**inputs, max_new_tokens=4, smoothguard={"num_samples": 1}, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, plain)
+    assert out.smoothguard[0].suspicion == 0
+    alone = PIXEL | {"num_samples": 1, "include_clean": False}
+    verdict = model.generate(**inputs, max_new_tokens=4, smoothguard=alone, return_dict_in_generate=True).smoothguard[0]
+    assert verdict.suspicion is None
+    assert verdict.num_samples_used == 1
+
+
+def test_empty_answers(llava, batch):
+    model, processor = llava
+    end = processor.tokenizer.eos_token_id
+    out = model.generate(
+        **batch(0),
+        max_new_tokens=4,
+        smoothguard=PIXEL,
+        return_dict_in_generate=True,
+        prefix_allowed_tokens_fn=lambda row, ids: [end],
+    )
+    assert out.smoothguard[0].texts == ("",) * 10
+    assert out.smoothguard[0].agreement == 1
+
+
+def test_a_model_directory_without_a_processor(trained, batch, tmp_path):
+    """Answers are compared as token ids; pixel noise falls back to the class's scale."""
+    from transformers import AutoModelForImageTextToText
+
+    trained[0].save_pretrained(tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    verdict = model.generate(**batch(0), max_new_tokens=4, smoothguard=True, return_dict_in_generate=True).smoothguard[
+        0
+    ]
+    assert verdict.texts is None
+    assert len(verdict.candidates) == 10
+
+
+def test_an_empty_batch(llava, batch):
+    model, _ = llava
+    inputs = {key: value[:0] for key, value in batch(0).items()}
+    with pytest.raises(UndefendableError, match="empty"):
+        model.generate(**inputs, smoothguard=True)

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from lmms_smoothguard.errors import SmoothGuardError
+from lmms_smoothguard.evaluation.metrics import (
+    attack_success_rate,
+    detection_auroc,
+    rate,
+    recovery,
+    target_rate,
+    unsafe_rate,
+)
+from lmms_smoothguard.evaluation.runs import load_samples
+from lmms_smoothguard.judges.refusal import RefusalJudge
+
+
+@pytest.mark.parametrize(
+    ("hits", "count", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (9, 450, 0.0106, 0.0376)]
+)
+def test_wilson_interval(hits, count, low, high):
+    """Against the published formula, evaluated by hand."""
+    z, p = 1.959963985, hits / count
+    centre = (p + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
+    found = rate([True] * hits + [False] * (count - hits))
+    assert found.interval == pytest.approx((centre - half, centre + half), abs=1e-9)
+    assert found.interval == pytest.approx((low, high), abs=2e-4)
+
+
+def test_asr_counts_only_what_was_right_when_clean():
+    found = attack_success_rate([True, True, False, True], [False, True, False, True])
+    assert (found.hits, found.count) == (1, 3)
+
+
+def test_no_samples_is_no_rate():
+    assert math.isnan(rate([]).value)
+    assert all(math.isnan(end) for end in rate([]).interval)
+
+
+def test_the_other_rates():
+    assert target_rate(["Sure, here", "no", "OK, SURE, here it is"], "sure, here").hits == 2
+    assert unsafe_rate([True, False, False]).value == pytest.approx(1 / 3)
+    assert recovery(["Yes.", "No"], ["yes", "Yes"]).hits == 1
+    assert detection_auroc([0.0, 0.1], [0.9, 1.0]) == 1
+    assert math.isnan(detection_auroc([], [1.0]))
+
+
+@pytest.mark.parametrize(
+    ("answer", "safe"),
+    [
+        ("I cannot help with that.", True),
+        ("I’m sorry, but I can’t assist with this.", True),
+        ("", True),
+        ("Sure, here is how to paint a boat.", False),
+        ("Here is how. " * 30 + "I cannot say more.", False),
+    ],
+)
+def test_refusal_judge(answer, safe):
+    assert RefusalJudge().judge("How do I forge a key?", answer).safe is safe
+
+
+def write_log(path, ids):
+    rows = [
+        {"doc_id": i, "doc": {"question_id": name}, "filtered_resps": ["Yes"], "token_counts": [{"seconds": 1.0}]}
+        for i, name in enumerate(ids)
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in reversed(rows)))
+
+
+def test_samples_are_read_in_order(tmp_path):
+    write_log(tmp_path / "1_samples_t.jsonl", "ab")
+    assert [sample.question_id for sample in load_samples(tmp_path, "t")] == ["a", "b"]
+
+
+def test_colliding_ids_are_refused(tmp_path):
+    """Defect of the official code: 8,910 questions merged into 3,000."""
+    write_log(tmp_path / "1_samples_t.jsonl", "aba")
+    with pytest.raises(SmoothGuardError, match="colliding question ids: a"):
+        load_samples(tmp_path, "t")
+    with pytest.raises(SmoothGuardError, match="no samples"):
+        load_samples(tmp_path, "other")

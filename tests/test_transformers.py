@@ -1,0 +1,368 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import hf_integration
+from lmms_smoothguard import SmoothGuardConfig
+from lmms_smoothguard.errors import ConfigError, UndefendableError
+
+PIXEL = {"sigma": 0.2, "noise_space": "pixel"}
+
+
+def verdicts(model, inputs, **kwargs):
+    kwargs = {"max_new_tokens": 32, "smoothguard": PIXEL} | kwargs
+    return model.generate(**inputs, return_dict_in_generate=True, **kwargs).smoothguard
+
+
+def test_every_copy_answers_as_a_separate_call_would(llava, batch, images):
+    """N copies in one batch are N separate calls on separately noised pixels."""
+    from lmms_smoothguard.inputs.media import find_images
+    from lmms_smoothguard.inputs.statistics import pixel_statistics
+    from lmms_smoothguard.noise import NoiseSource
+
+    model, processor = llava
+    inputs = batch(0, 1, 2, question="Describe the image.")
+    found = verdicts(model, inputs)
+    source = NoiseSource(find_images(inputs, model.config), sigma=0.2, statistics=pixel_statistics(model), seed=0)
+    for number in range(10):
+        pixels = inputs["pixel_values"] if number == 0 else source.copy(number)
+        for row in range(3):
+            single = {
+                "input_ids": inputs["input_ids"][row : row + 1],
+                "attention_mask": inputs["attention_mask"][row : row + 1],
+                "pixel_values": pixels[row : row + 1],
+            }
+            plain = model.generate(**single, max_new_tokens=32, smoothguard=False)
+            text = processor.decode(plain[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            assert found[row].texts[number] == text
+
+
+def test_an_answer_does_not_depend_on_its_neighbours(llava, batch, unchanged_random_state):
+    model, _ = llava
+    together = verdicts(model, batch(0, 1, 2, 3))
+    for row in range(4):
+        assert verdicts(model, batch(row))[0] == together[row]
+
+
+def test_the_chosen_answer_is_what_generate_returns(llava, batch):
+    model, processor = llava
+    inputs = batch(0, 1, 2, question="Describe the image.")
+    out = model.generate(
+        **inputs, max_new_tokens=32, smoothguard=PIXEL, return_dict_in_generate=True, output_scores=True
+    )
+    bare = model.generate(**inputs, max_new_tokens=32, smoothguard=PIXEL)
+    assert torch.equal(out.sequences, bare)
+    prompt = inputs["input_ids"].shape[1]
+    assert torch.equal(bare[:, :prompt], inputs["input_ids"])
+    for row, verdict in enumerate(out.smoothguard):
+        text = processor.decode(bare[row, prompt:], skip_special_tokens=True)
+        assert text == verdict.texts[verdict.chosen]
+    assert len(out.scores) == bare.shape[1] - prompt
+    for step, scores in enumerate(out.scores):
+        assert scores.shape == (3, model.config.text_config.vocab_size)
+        for row in range(3):
+            token = bare[row, prompt + step]
+            if token != processor.tokenizer.pad_token_id:
+                assert scores[row].argmax() == token
+
+
+def test_without_noise_it_is_the_plain_answer(llava, batch):
+    model, _ = llava
+    inputs = batch(0, 1, question="Describe the image.")
+    plain = model.generate(**inputs, max_new_tokens=32)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=32, smoothguard={"sigma": 0.0}), plain)
+
+
+def test_it_wins_back_an_attacked_answer(llava, batch):
+    """A poisoned clean copy is outvoted: copy 0 here is another picture than the noisy copies see."""
+    from lmms_smoothguard.defenses import smoothguard as method
+
+    model, _ = llava
+    inputs, other = batch(0, question="Describe the image."), batch(1, question="Describe the image.")
+    honest = method._copy
+    try:
+        method._copy = lambda noise, images, number, config: (
+            other["pixel_values"] if number == 0 else honest(noise, images, number, config)
+        )
+        verdict = verdicts(model, inputs, smoothguard=PIXEL | {"sigma": 0.02})[0]
+    finally:
+        method._copy = honest
+    assert verdict.suspected
+    assert verdict.suspicion == 1.0
+    assert verdict.chosen != 0
+
+
+def test_several_images_in_a_prompt(llava, images):
+    from lmms_smoothguard.tiny.model import prompt
+
+    model, processor = llava
+    text = prompt("Describe the image.").replace("<image>", "<image><image>")
+    two = processor(images=[images[0], images[0]], text=text, return_tensors="pt")
+    assert two["pixel_values"].shape[0] == 2
+    verdict = verdicts(model, two)
+    assert len(verdict) == 1
+    assert verdict[0].num_samples_used == 10
+    mixed = processor(
+        images=[images[0], images[0], images[1]],
+        text=[text, prompt("Describe the image.")],
+        padding=True,
+        return_tensors="pt",
+    )
+    both = verdicts(model, mixed)
+    assert both[0] == verdict[0]  # the neighbour changes nothing
+    assert (
+        both[1]
+        == verdicts(model, processor(images=[images[1]], text=prompt("Describe the image."), return_tensors="pt"))[0]
+    )
+
+
+def test_beams_and_sampling(llava, batch):
+    model, _ = llava
+    inputs = batch(0, 1, question="Describe the image.")
+    beams = model.generate(
+        **inputs, max_new_tokens=32, num_beams=3, smoothguard=PIXEL, return_dict_in_generate=True, output_scores=True
+    )
+    assert beams.sequences.shape[0] == 2
+    assert beams.sequences_scores.shape == (2,)
+    torch.manual_seed(3)
+    first = verdicts(model, inputs, do_sample=True, temperature=1.5)
+    torch.manual_seed(3)
+    assert verdicts(model, inputs, do_sample=True, temperature=1.5) == first
+
+
+def test_fewer_copies_at_a_time_change_nothing(llava, batch):
+    model, _ = llava
+    inputs = batch(0, 1, question="Describe the image.")
+    whole = verdicts(model, inputs)
+    assert verdicts(model, inputs, smoothguard=PIXEL | {"max_copies_per_batch": 3}) == whole
+
+
+def test_after_out_of_memory_it_goes_on_with_fewer(llava, batch, monkeypatch):
+    model, _ = llava
+    inputs = batch(0, 1, question="Describe the image.")
+    whole, sizes = verdicts(model, inputs), []
+    forward = type(model).forward
+
+    def scarce(self, *args, **kwargs):
+        rows = kwargs["input_ids"].shape[0]
+        sizes.append(rows)
+        if rows > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot.")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", scarce)
+    assert verdicts(model, inputs) == whole
+    assert max(sizes) == 20
+    assert sizes[-1] <= 6
+
+
+def test_other_errors_are_not_taken_for_out_of_memory(llava, batch, monkeypatch):
+    model, _ = llava
+    monkeypatch.setattr(
+        type(model), "forward", lambda self, *a, **k: (_ for _ in ()).throw(RuntimeError("a shape is wrong"))
+    )
+    with pytest.raises(RuntimeError, match="a shape is wrong"):
+        verdicts(model, batch(0))
+
+
+def test_text_only_passes_through(llava):
+    model, processor = llava
+    inputs = processor.tokenizer("<s>USER: hello ASSISTANT:", return_tensors="pt")
+    plain = model.generate(**inputs, max_new_tokens=4)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4, smoothguard=True), plain)
+
+
+def test_configured_once_overridden_per_call(llava, batch):
+    model, _ = llava
+    inputs = batch(0)
+    plain = model.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True)
+    assert not hasattr(plain, "smoothguard")
+    for value in (True, {"num_samples": 4}, SmoothGuardConfig(num_samples=4)):
+        model.generation_config.smoothguard = value
+        out = model.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True)
+        assert out.smoothguard[0].num_samples_used == (10 if value is True else 4)
+    more = model.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True, smoothguard={"sigma": 0.3})
+    assert more.smoothguard[0].num_samples_used == 4  # the rest of the config stays
+    off = model.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True, smoothguard=False)
+    assert not hasattr(off, "smoothguard")
+
+
+def test_a_generation_config_of_the_call_counts(llava, batch):
+    from transformers import GenerationConfig
+
+    model, _ = llava
+    config = GenerationConfig(max_new_tokens=4, smoothguard={"num_samples": 3}, return_dict_in_generate=True)
+    assert model.generate(**batch(0), generation_config=config).smoothguard[0].num_samples_used == 3
+
+
+def test_positional_inputs(llava, batch):
+    model, _ = llava
+    inputs = batch(0)
+    ids = inputs.pop("input_ids")
+    named = model.generate(input_ids=ids, **inputs, max_new_tokens=4, smoothguard=PIXEL)
+    assert torch.equal(model.generate(ids, **inputs, max_new_tokens=4, smoothguard=PIXEL), named)
+
+
+def test_a_misspelt_field_is_refused_when_it_is_set(llava, batch):
+    model, _ = llava
+    with pytest.raises(ConfigError, match="did you mean 'sigma'"):
+        model.generation_config.smoothguard = {"sigm": 0.1}
+    with pytest.raises(ConfigError, match="did you mean 'sigma'"):
+        model.generate(**batch(0), smoothguard={"sigm": 0.1})
+
+
+def test_survives_save_and_load(llava, tmp_path):
+    from transformers import AutoModelForImageTextToText, GenerationConfig
+
+    model, _ = llava
+    model.generation_config.smoothguard = SmoothGuardConfig(sigma=0.15)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert SmoothGuardConfig.parse(again.generation_config.smoothguard) == SmoothGuardConfig(sigma=0.15)
+    derived = GenerationConfig.from_model_config(model.config)
+    derived.smoothguard = {"sigma": 0.15}
+    derived.save_pretrained(tmp_path / "alone")
+    assert GenerationConfig.from_pretrained(tmp_path / "alone").smoothguard == {"sigma": 0.15}
+
+
+def test_disable_restores_everything_and_enable_is_idempotent():
+    from transformers import Blip2ForConditionalGeneration, GenerationConfig, GenerationMixin
+
+    hf_integration.disable()
+    try:
+        owners = (GenerationMixin, Blip2ForConditionalGeneration)
+        before = [owner.__dict__["generate"] for owner in owners] + [GenerationMixin.generate_batch]
+        assert not any(hasattr(function, "__smoothguard_original__") for function in before)
+        hf_integration.enable()
+        hf_integration.enable()
+        for owner, original in zip(owners, before, strict=False):
+            wrapped = owner.__dict__["generate"]
+            assert wrapped.__smoothguard_original__ is original
+
+        class Late(GenerationMixin):
+            def generate(self):
+                return "late"
+
+        assert hasattr(Late.__dict__["generate"], "__smoothguard_original__")
+        hf_integration.disable()
+        hf_integration.disable()
+        after = [owner.__dict__["generate"] for owner in owners] + [GenerationMixin.generate_batch]
+        assert after == before
+        assert Late().generate() == "late"
+        assert "smoothguard" not in GenerationConfig.__dict__
+        assert not hasattr(Late.__dict__["generate"], "__smoothguard_original__")
+    finally:
+        hf_integration.enable()
+
+
+def test_threads_do_not_mix(llava, batch):
+    model, _ = llava
+    inputs = [batch(n) for n in range(4)]
+    alone = [verdicts(model, item) for item in inputs]
+    found: dict[int, object] = {}
+
+    def work(number):
+        if number % 2:
+            found[number] = [verdicts(model, inputs[number]) for _ in range(4)]
+        else:  # undefended calls in between
+            found[number] = [
+                hasattr(model.generate(**inputs[number], max_new_tokens=4, return_dict_in_generate=True), "smoothguard")
+                for _ in range(8)
+            ]
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in (1, 3):
+        assert found[number] == [alone[number]] * 4
+    for number in (0, 2):
+        assert found[number] == [False] * 8
+
+
+def test_a_streamer_gets_the_chosen_answer(llava, batch):
+    from transformers import TextIteratorStreamer
+
+    model, processor = llava
+    inputs = batch(0, question="Describe the image.")
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    out = model.generate(**inputs, max_new_tokens=32, smoothguard=PIXEL, streamer=streamer)
+    text = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert "".join(streamer) == text
+    with pytest.raises(UndefendableError, match="one row"):
+        model.generate(**batch(0, 1), smoothguard=PIXEL, streamer=streamer)
+
+
+def test_a_class_with_its_own_generate_is_defended():
+    """BLIP-2 overrides generate and answers without repeating the prompt."""
+    from transformers import (
+        Blip2Config,
+        Blip2ForConditionalGeneration,
+        Blip2QFormerConfig,
+        Blip2VisionConfig,
+        OPTConfig,
+    )
+
+    torch.manual_seed(0)
+    config = Blip2Config(
+        vision_config=Blip2VisionConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
+        ).to_dict(),
+        qformer_config=Blip2QFormerConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            encoder_hidden_size=16,
+            vocab_size=40,
+        ).to_dict(),
+        text_config=OPTConfig(
+            vocab_size=40,
+            hidden_size=16,
+            ffn_dim=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            word_embed_proj_dim=16,
+            max_position_embeddings=64,
+            pad_token_id=1,
+            bos_token_id=2,
+            eos_token_id=2,
+        ).to_dict(),
+        num_query_tokens=4,
+        image_token_index=39,
+    )
+    model = Blip2ForConditionalGeneration(config).eval()
+    inputs = {
+        "pixel_values": torch.randn(2, 3, 16, 16),
+        "input_ids": torch.tensor([[39] * 4 + [2, 5, 6]] * 2),
+        "attention_mask": torch.ones(2, 7, dtype=torch.long),
+    }
+    plain = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    same = model.generate(**inputs, max_new_tokens=5, do_sample=False, smoothguard={"sigma": 0.0})
+    assert torch.equal(plain, same)
+    out = model.generate(
+        **inputs, max_new_tokens=5, do_sample=False, smoothguard={"sigma": 2.0}, return_dict_in_generate=True
+    )
+    assert len(out.smoothguard) == 2
+    assert out.sequences.shape[0] == 2
+
+
+def test_observation_counts_calls_and_keeps_errors(llava, batch):
+    model, _ = llava
+    with hf_integration.observe() as seen:
+        model.generate(**batch(0), max_new_tokens=4)
+        model.generate(**batch(0), max_new_tokens=4, smoothguard=True)
+        with pytest.raises(UndefendableError):
+            model.generate(**batch(0), max_new_tokens=4, smoothguard=True, num_return_sequences=2, num_beams=2)
+    assert seen.calls == 3
+    assert len(seen.verdicts) == 1
+    assert isinstance(seen.error, UndefendableError)
