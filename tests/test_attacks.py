@@ -58,12 +58,12 @@ def test_linf_budget_holds_after_rounding(crafter, jobs, eps):
     for entry, job in zip(crafter().craft(listed), listed, strict=True):
         most = np.abs(grey_levels(entry, job)).max()
         assert 0 < most <= eps * 255 + 1e-6
-        assert entry.record["linf"] == pytest.approx(most / 255)
+        assert entry.record["linf"] == pytest.approx(most / 255, rel=1e-5)
 
 
 @pytest.mark.parametrize("eps", [0.5, 1.5])
 def test_l2_budget_holds_after_rounding(crafter, jobs, eps):
-    listed = jobs(eps=eps, norm="l2", steps=5)
+    listed = jobs(eps=eps, norm="l2", steps=20)
     for entry, job in zip(crafter().craft(listed), listed, strict=True):
         norm = np.linalg.norm(grey_levels(entry, job) / 255)
         assert 0.3 * eps < norm <= eps + 1e-6
@@ -134,7 +134,7 @@ def test_the_loss_is_the_models_own_whatever_the_batch(trained, jobs):
     renderer = Renderer(processor.image_processor, model.device, torch.float32)
     texts = [{k: v for k, v in job.inputs.items() if k != "pixel_values"} for job in listed]
     packed = AnswerLoss(model, renderer, texts, [job.answer for job in listed], kind="ce")
-    pictures = torch.stack([torch.from_numpy(np.asarray(job.images[0])).permute(2, 0, 1) / 255 for job in listed])
+    pictures = torch.stack([torch.from_numpy(np.array(job.images[0])).permute(2, 0, 1) / 255 for job in listed])
     with torch.no_grad():
         together = packed((pictures,))
         for row, job in enumerate(listed):
@@ -204,7 +204,7 @@ def test_pgd_climbs_to_the_corner_of_a_linear_objective():
     found = PGD(AttackSettings(eps=8 / 255, steps=40)).run(objective, (clean,))[0]
     assert torch.allclose(found - clean, 8 / 255 * slope.sign(), atol=1e-6)
     found = PGD(AttackSettings(eps=1.0, norm="l2", steps=60)).run(objective, (clean,))[0]
-    assert float(objective((found,)) - objective((clean,))) == pytest.approx(float(slope.norm()), rel=0.02)
+    assert float(objective((found,)) - objective((clean,))) == pytest.approx(float(slope.norm()), rel=0.05)
     assert distances((found,), (clean,))[0]["l2"] <= 1.0
 
 

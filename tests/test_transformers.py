@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import threading
 
 import pytest
@@ -146,6 +147,7 @@ def test_after_out_of_memory_it_goes_on_with_fewer(llava, batch, monkeypatch):
     whole, sizes = verdicts(model, inputs), []
     forward = type(model).forward
 
+    @functools.wraps(forward)
     def scarce(self, *args, **kwargs):
         rows = kwargs["input_ids"].shape[0]
         sizes.append(rows)
