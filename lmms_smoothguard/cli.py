@@ -47,17 +47,18 @@ def train_tiny_llava(
     scale: Annotated[
         float, typer.Option(min=0.001, max=1.0, help="Share of the steps and scenes; below 1 for a trial.")
     ] = 1.0,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
 ) -> None:
     """Train the embedded LLaVA from a seed: about half an hour on two cores. Started again, it goes on where it was."""
     from lmms_smoothguard.tiny.session import train
 
-    train(out, seed, scale)
+    train(out, seed, scale, checkpoint_every)
 
 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for the runs' logs and the table.")] = Path("runs/demo"),
-    limit: Annotated[int, typer.Option(min=1, help="Questions of every task.")] = 450,
+    limit: Annotated[int, typer.Option(min=1, help="Questions of every task.")] = 420,
 ) -> None:
     """Attack and defend the embedded model through lmms-eval: plain and defended, clean and attacked, one table."""
     from lmms_smoothguard.report.demo import run_demo

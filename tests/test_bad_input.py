@@ -20,14 +20,10 @@ def ask(llava, image):
     return model.generate(**inputs, max_new_tokens=32, smoothguard=PIXEL, return_dict_in_generate=True).smoothguard[0]
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "LA"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "LA"])
 def test_every_colour_mode_is_defended(llava, images, mode):
-    model, processor = llava
-    image = images[0].convert(mode)
-    if mode in ("RGBA", "P"):
-        assert ask(llava, image).num_samples_used == 10
-    else:  # what the processor makes of grey pictures is its own business: an answer or its own error
-        assert ask(llava, image.convert("RGB")).num_samples_used == 10
+    """Alone it answers as its RGB version does."""
+    assert ask(llava, images[0].convert(mode)).texts == ask(llava, images[0].convert(mode).convert("RGB")).texts
 
 
 def test_one_pixel(llava):
@@ -125,19 +121,14 @@ def test_continuous_batching_is_refused_while_the_config_asks_for_the_defence(ll
         model.generate_batch([[1, 2, 3]])
 
 
-def test_pixel_space_without_a_known_scale(batch):
+def test_pixel_space_without_a_known_scale():
     """A model type that no image processor is known for, and no directory."""
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
+    from types import SimpleNamespace
 
     from lmms_smoothguard.inputs import statistics
 
-    class Nameless(LlavaForConditionalGeneration):
-        pass
-
-    config = LlavaConfig.from_dict({"model_type": "llava"})
-    holder = type("Holder", (), {"config": config, "name_or_path": ""})()
-    config.model_type = "unheard_of"
-    with pytest.raises(UndefendableError, match="hf_integration.attach"):
+    holder = SimpleNamespace(config=SimpleNamespace(model_type="unheard_of"), name_or_path="")
+    with pytest.raises(UndefendableError, match=r"hf_integration\.attach"):
         statistics.pixel_statistics(holder)
 
 

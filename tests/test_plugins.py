@@ -87,5 +87,5 @@ def test_unknown_and_unloadable_names():
     with pytest.raises(ConfigError, match="did you mean 'kmeans'"):
         plugins.load("aggregators", "kmean")
     manager = plugins.build_manager([entry("thief", f"{__name__}:thief")])
-    with pytest.raises(ConfigError, match="thief.*cannot be loaded"):
+    with pytest.raises(ConfigError, match=r"thief.*cannot be loaded"):
         plugins.load("embedders", "other", manager)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -107,10 +106,20 @@ def test_plain_transformers_loads_it(trained):
 @pytest.mark.slow
 def test_training_resumes_after_a_kill_and_ends_where_an_unbroken_run_ends(tmp_path):
     """A kill in the middle of a stage; the weights are equal bit by bit."""
-    command = [sys.executable, "-m", "lmms_smoothguard", "train", "tiny-llava", "--scale", "0.004", "--out"]
-    environment = {**os.environ, "SMOOTHGUARD_CHECKPOINT_EVERY": "3"}
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment, capture_output=True)
-    killed = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment, stdout=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "-m",
+        "lmms_smoothguard",
+        "train",
+        "tiny-llava",
+        "--scale",
+        "0.004",
+        "--checkpoint-every",
+        "3",
+        "--out",
+    ]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    killed = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL)
     place = tmp_path / "killed" / "checkpoint.json"
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and not (
@@ -120,14 +129,12 @@ def test_training_resumes_after_a_kill_and_ends_where_an_unbroken_run_ends(tmp_p
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert not (tmp_path / "killed" / "model").exists()
-    done = subprocess.run(
-        [*command, str(tmp_path / "killed")], check=True, env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True, text=True)
     assert "going on from" in done.stdout
     whole, resumed = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed"))
     assert all((whole[name] == resumed[name]).all() for name in whole)
     other = subprocess.run(
-        [*command, str(tmp_path / "whole"), "--seed", "5"], env=environment, capture_output=True, text=True, check=False
+        [*command, str(tmp_path / "whole"), "--seed", "5"], capture_output=True, text=True, check=False
     )
     assert other.returncode == 2
     assert "another recipe" in other.stderr

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lmms_smoothguard.errors import SmoothGuardError
-from lmms_smoothguard.report.experiments import ATTACKED, CLEAN, Experiment, environment, run
+from lmms_smoothguard.report.experiments import ATTACKED, Experiment, environment, run
+from lmms_smoothguard.report.tables import print_table
 from lmms_smoothguard.tiny.model import MODEL_DIR
 
 log = logging.getLogger(__name__)
@@ -17,7 +18,7 @@ log = logging.getLogger(__name__)
 _PIXEL = {"sigma": "0.2", "noise_space": "pixel"}
 _NO_DEFENSE = {"defense": "none"}
 
-# Fixed beforehand: 450 questions, L-inf 4/255, 40 steps, no early stop; SmoothGuard N = 10, sigma 0.2 in pixel units.
+# Fixed beforehand: 420 questions, L-inf 4/255, 40 steps, no early stop; SmoothGuard N = 10, sigma 0.2 in pixel units.
 DEMO = (
     Experiment("plain", _NO_DEFENSE, about="undefended"),
     Experiment("smoothguard", _PIXEL, about="SmoothGuard, N = 10, sigma 0.2 pixel"),
@@ -36,9 +37,9 @@ REST = (
     Experiment("faint_smoothguard", _PIXEL, ("shapes_pope_faint",), 300, about="SmoothGuard, N = 10, sigma 0.2 pixel"),
     Experiment("caption_plain", _NO_DEFENSE, ("shapes_caption", "shapes_caption_pgd"), 150, about="undefended"),
     Experiment("caption_smoothguard", _PIXEL, ("shapes_caption", "shapes_caption_pgd"), 150, about="SmoothGuard, N = 10, sigma 0.2 pixel"),
-    Experiment("smoothguard_eot40", _PIXEL | _EOT, (ATTACKED,), 200, about="SmoothGuard, N = 10, sigma 0.2 pixel"),
-    Experiment("smoothguard_eot100", _PIXEL | _EOT | {"attack_steps": "100"}, (ATTACKED,), 200, about="SmoothGuard, N = 10, sigma 0.2 pixel"),
-    Experiment("smoothguard_eot40_eps8", _PIXEL | _EOT | {"attack_eps": "8/255"}, (ATTACKED,), 200, about="SmoothGuard, N = 10, sigma 0.2 pixel"),
+    Experiment("smoothguard_eot40", _PIXEL | _EOT, (ATTACKED,), 150, about="SmoothGuard, N = 10, sigma 0.2 pixel"),
+    Experiment("smoothguard_eot100", _PIXEL | _EOT | {"attack_steps": "100"}, (ATTACKED,), 150, about="SmoothGuard, N = 10, sigma 0.2 pixel"),
+    Experiment("smoothguard_eot40_eps8", _PIXEL | _EOT | {"attack_eps": "8/255"}, (ATTACKED,), 150, about="SmoothGuard, N = 10, sigma 0.2 pixel"),
 )  # fmt: skip
 
 
@@ -72,73 +73,3 @@ def run_results(out: Path, results: Path, only: Sequence[str] = ()) -> None:
 
 def _run(experiment: Experiment, out: Path) -> dict[str, Any]:
     return run(experiment, out, MODEL_DIR, out / "cache")
-
-
-def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """The table, on a terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="The embedded model under attack", caption="ASR and accuracy with Wilson 95 % intervals")
-    for heading in _HEADINGS:
-        table.add_column(heading, justify="left" if heading in _HEADINGS[:2] else "right")
-    for cells in table_rows(rows):
-        table.add_row(*cells)
-    Console().print(table)
-
-
-_HEADINGS = (
-    "defence",
-    "attack",
-    "n",
-    "clean accuracy",
-    "accuracy under attack",
-    "ASR",
-    "agreement",
-    "s / answer",
-    "x plain",
-)
-
-
-def table_rows(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The cells of the table, one row an experiment."""
-    plain = next((_seconds(row) for row in rows if row["name"] == "plain"), None)
-    cells: list[tuple[str, ...]] = []
-    for row in rows:
-        clean = next((row["figures"][t] for t in row["figures"] if not t.endswith("_pgd")), None)
-        attacked = next((row["figures"][t] for t in row["figures"] if t.endswith("_pgd")), None)
-        either: dict[str, Any] = attacked or clean or {}
-        cells.append((
-            row["about"] + _task_note(row),
-            "-" if attacked is None else attack_name(attacked["attack"]),
-            str((either.get("asr") or either["accuracy"])["count"]),
-            "-" if clean is None else _percent(clean["accuracy"]),
-            "-" if attacked is None else _percent(attacked["accuracy"]),
-            "-" if attacked is None else _percent(attacked["asr"]),
-            f"{either['agreement']:.2f}" if "agreement" in either else "-",
-            f"{_seconds(row):.3f}",
-            f"{_seconds(row) / plain:.1f}" if plain and _task_note(row) == "" else "-",
-        ))  # fmt: skip
-    return cells
-
-
-def _task_note(row: dict[str, Any]) -> str:
-    first = next(iter(row["figures"])).removesuffix("_pgd")
-    return {CLEAN: "", "shapes_pope_faint": " (faint scenes)", "shapes_caption": " (captions)"}.get(
-        first, f" ({first})"
-    )
-
-
-def attack_name(attack: dict[str, Any]) -> str:
-    """`PGD-40, 4/255`, with EOT's draws."""
-    draws = f", EOT {attack['eot']}" if attack["eot"] else ""
-    return f"{attack['name'].upper()}-{attack['steps']}{draws}, {attack['eps'] * 255:g}/255"
-
-
-def _seconds(row: dict[str, Any]) -> float:
-    listed = [figures["seconds_per_answer"] for figures in row["figures"].values()]
-    return sum(listed) / len(listed)
-
-
-def _percent(value: dict[str, float]) -> str:
-    return f"{100 * value['value']:.1f} % ({100 * value['low']:.1f}-{100 * value['high']:.1f})"

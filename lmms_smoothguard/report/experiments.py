@@ -28,7 +28,7 @@ class Experiment:
     name: str
     model_args: Mapping[str, str]
     tasks: Sequence[str] = (CLEAN, ATTACKED)
-    limit: int = 450
+    limit: int = 420
     about: str = field(default="", compare=False)
 
     def command(self, pretrained: str, out: str) -> list[str]:

@@ -28,7 +28,7 @@ def scaled(recipe: Recipe, scale: float) -> Recipe:
     )
 
 
-def train(out: Path, seed: int = 0, scale: float = 1.0) -> dict[str, Rate]:
+def train(out: Path, seed: int = 0, scale: float = 1.0, checkpoint_every: int = 200) -> dict[str, Rate]:
     """Trains, or goes on training, into `out`; the finished model, its card and its figures go to `out/model`.
 
     Raises SmoothGuardError when `out` holds a checkpoint of another recipe.
@@ -66,7 +66,7 @@ def train(out: Path, seed: int = 0, scale: float = 1.0) -> dict[str, Rate]:
             )
             for place, stage in enumerate(recipe.stages)
         }
-        for stage, step, figures in trainer.run(scenes):
+        for stage, step, figures in trainer.run(scenes, checkpoint_every):
             text = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
             bars.update(rows[stage.name], completed=step + 1, figures=text if step % 10 == 0 else None)
     target = out / "model"

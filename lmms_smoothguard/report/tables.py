@@ -1,0 +1,84 @@
+"""Tables of experiments: on a terminal and in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lmms_smoothguard.report.experiments import CLEAN
+
+_HEADINGS = (
+    "defence",
+    "attack",
+    "n",
+    "clean accuracy",
+    "accuracy under attack",
+    "ASR",
+    "agreement",
+    "s / answer",
+    "x plain",
+)
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """The table, on a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="The embedded model under attack", caption="ASR and accuracy with Wilson 95 % intervals")
+    for heading in _HEADINGS:
+        table.add_column(heading, justify="left" if heading in _HEADINGS[:2] else "right")
+    for cells in table_rows(rows):
+        table.add_row(*cells)
+    Console().print(table)
+
+
+def table_rows(rows: Sequence[dict[str, Any]], baseline: dict[str, Any] | None = None) -> list[tuple[str, ...]]:
+    """The cells of the table, one row an experiment; times are compared with `baseline`, else with the row `plain`."""
+    baseline = baseline or next((row for row in rows if row["name"] == "plain"), None)
+    plain = None if baseline is None else _seconds(baseline)
+    cells: list[tuple[str, ...]] = []
+    for row in rows:
+        clean = next((row["figures"][t] for t in row["figures"] if not t.endswith("_pgd")), None)
+        attacked = next((row["figures"][t] for t in row["figures"] if t.endswith("_pgd")), None)
+        either: dict[str, Any] = attacked or clean or {}
+        cells.append((
+            row["about"] + _task_note(row),
+            "-" if attacked is None else attack_name(attacked["attack"]),
+            str((either.get("asr") or either["accuracy"])["count"]),
+            "-" if clean is None else _percent(clean["accuracy"]),
+            "-" if attacked is None else _percent(attacked["accuracy"]),
+            "-" if attacked is None else _percent(attacked["asr"]),
+            f"{either['agreement']:.2f}" if "agreement" in either else "-",
+            f"{_seconds(row):.3f}",
+            f"{_seconds(row) / plain:.1f}" if plain and _task_note(row) == "" else "-",
+        ))  # fmt: skip
+    return cells
+
+
+def _task_note(row: dict[str, Any]) -> str:
+    first = next(iter(row["figures"])).removesuffix("_pgd")
+    return {CLEAN: "", "shapes_pope_faint": " (faint scenes)", "shapes_caption": " (captions)"}.get(
+        first, f" ({first})"
+    )
+
+
+def attack_name(attack: dict[str, Any]) -> str:
+    """`PGD-40, 4/255`, with EOT's draws."""
+    draws = f", EOT {attack['eot']}" if attack["eot"] else ""
+    return f"{attack['name'].upper()}-{attack['steps']}{draws}, {attack['eps'] * 255:g}/255"
+
+
+def _seconds(row: dict[str, Any]) -> float:
+    listed = [figures["seconds_per_answer"] for figures in row["figures"].values()]
+    return sum(listed) / len(listed)
+
+
+def _percent(value: dict[str, float]) -> str:
+    return f"{100 * value['value']:.1f} % ({100 * value['low']:.1f}-{100 * value['high']:.1f})"
+
+
+def markdown_table(rows: Sequence[dict[str, Any]], baseline: dict[str, Any] | None = None) -> str:
+    """The same table in Markdown."""
+    lines = [_HEADINGS, ("---",) * len(_HEADINGS), *table_rows(rows, baseline)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
