@@ -99,7 +99,10 @@ def _norms(delta: torch.Tensor) -> torch.Tensor:
 
 def distances(adversarial: Sequence[torch.Tensor], clean: Sequence[torch.Tensor]) -> list[dict[str, float]]:
     """For each request of the batch the largest L-inf and L2 distance among its images, in [0, 1] pixel units."""
-    deltas = [(new.double() - old.double()).flatten(1) for new, old in zip(adversarial, clean, strict=True)]
+    deltas = [
+        ((new * 255).round() - (old * 255).round()).flatten(1) / 255
+        for new, old in zip(adversarial, clean, strict=True)
+    ]
     return [
         {
             "linf": max(float(delta[row].abs().max()) for delta in deltas),

@@ -30,7 +30,8 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         table.add_column(heading, justify="left" if heading in _HEADINGS[:2] else "right")
     for cells in table_rows(rows):
         table.add_row(*cells)
-    Console().print(table)
+    console = Console()
+    Console(width=max(console.width, 150)).print(table)
 
 
 def table_rows(rows: Sequence[dict[str, Any]], baseline: dict[str, Any] | None = None) -> list[tuple[str, ...]]:
