@@ -65,7 +65,7 @@ def test_refusal_judge(answer, safe):
 
 def write_log(path, ids):
     rows = [
-        {"doc_id": i, "doc": {"question_id": name}, "filtered_resps": ["Yes"], "token_counts": [{"seconds": 1.0}]}
+        {"doc_id": i, "target": "yes", "filtered_resps": "Yes", "asr": {"question_id": name}, "token_counts": [None]}
         for i, name in enumerate(ids)
     ]
     path.write_text("\n".join(json.dumps(row) for row in reversed(rows)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from lmms_smoothguard.errors import SmoothGuardError
 
 @dataclass(frozen=True)
 class Sample:
-    """One answered sample: what was asked, what was right, what was answered, and what our wrapper logged of it."""
+    """One answered sample: its question, the right answer, the answer given, and what our wrapper logged of it."""
 
     question_id: str
-    doc: dict[str, Any]
+    target: str
     answer: str
     info: dict[str, Any]
 
@@ -29,21 +30,21 @@ def load_samples(directory: Path, task: str) -> list[Sample]:
     if not logs:
         raise SmoothGuardError(f"no samples of {task} under {directory}; expected a run with --log_samples")
     rows = [json.loads(line) for line in logs[-1].read_text().splitlines() if line]
-    rows.sort(key=lambda row: row["doc_id"])
-    samples = []
-    for row in rows:
-        response = row["filtered_resps"][0]
-        counts = row.get("token_counts") or [None]
-        samples.append(
-            Sample(
-                str(row["doc"]["question_id"]),
-                row["doc"],
-                response[0] if isinstance(response, list) else response,
-                counts[0] or {},
-            )
-        )
-    ids = [sample.question_id for sample in samples]
-    twice = sorted({name for name in ids if ids.count(name) > 1})
+    samples = [_sample(row) for row in sorted(rows, key=lambda row: int(row["doc_id"]))]
+    counts = Counter(sample.question_id for sample in samples)
+    twice = sorted(name for name, count in counts.items() if count > 1)
     if twice:
         raise SmoothGuardError(f"{logs[-1]} has colliding question ids: {', '.join(twice[:10])}; expected each once")
     return samples
+
+
+def _sample(row: dict[str, Any]) -> Sample:
+    response, infos = row["filtered_resps"], row.get("token_counts") or [None]
+    # The log has no document, but a metric's outcome names its question; others are told by their place.
+    outcomes = [value for value in row.values() if isinstance(value, dict) and "question_id" in value]
+    return Sample(
+        str(outcomes[0]["question_id"] if outcomes else row["doc_id"]),
+        str(row["target"]),
+        response[0] if isinstance(response, list) else response,
+        infos[0] or {},
+    )

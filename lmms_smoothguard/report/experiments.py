@@ -76,13 +76,9 @@ def summarize(experiment: Experiment, directory: Path) -> dict[str, Any]:
     }
 
 
-def _right_answer(sample: Sample) -> str:
-    return sample.doc.get("caption") or sample.doc["answer"]
-
-
 def _task_figures(task: str, samples: Sequence[Sample]) -> dict[str, Any]:
     def right(sample: Sample, answer: str) -> bool:
-        return normalize_answer(answer) == normalize_answer(_right_answer(sample))
+        return normalize_answer(answer) == normalize_answer(sample.target)
 
     figures: dict[str, Any] = {
         "accuracy": rate(right(s, s.answer) for s in samples).to_dict(),
