@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from lmms_smoothguard import plugins
 from lmms_smoothguard.errors import ConfigError, did_you_mean
 
 NOISE_SPACES = ("normalized", "pixel")
@@ -50,11 +52,9 @@ class SmoothGuardConfig:
             raise ConfigError(
                 f"sigma is {self.sigma!r}; expected 0 to {largest:g} in {self.noise_space} units (the paper uses 0.1 to 0.2)"
             )
-        for field in ("embedder", "aggregator"):
-            if not isinstance(getattr(self, field), str) or not getattr(self, field):
-                raise ConfigError(
-                    f"{field} is {getattr(self, field)!r}; expected a name such as {_DEFAULT_NAMES[field]!r}"
-                )
+        _registered("aggregators", self.aggregator)
+        if not isinstance(self.embedder, str) or not _is_model_path(self.embedder):
+            _registered("embedders", self.embedder, "sentence-transformers/<id>", "a directory")
         if self.seed is not None:
             _integer("seed", self.seed, at_least=0)
         if self.max_copies_per_batch is not None:
@@ -99,9 +99,6 @@ class SmoothGuardConfig:
         return {"defense": "smoothguard", **dataclasses.asdict(self)}
 
 
-_DEFAULT_NAMES = {"embedder": "lexical", "aggregator": "kmeans"}
-
-
 def parse_scalar(text: Any) -> Any:
     """What a command line's `key=value` means: none, true / false, a number, a fraction such as 8/255, else the text."""
     if not isinstance(text, str):
@@ -120,6 +117,17 @@ def parse_scalar(text: Any) -> Any:
         return float(numerator) / float(denominator) if slash else float(lowered)
     except (ValueError, ZeroDivisionError):
         return text.strip()
+
+
+def _registered(kind: plugins.Kind, name: Any, *others: str) -> None:
+    known = plugins.offers(kind)
+    if name not in known:
+        also = "".join(f", {other}" for other in others)
+        raise ConfigError(f"unknown {plugins.SINGULAR[kind]} {name!r}; {did_you_mean(str(name), known)}{also}")
+
+
+def _is_model_path(embedder: str) -> bool:
+    return embedder.startswith("sentence-transformers/") or (embedder != "" and Path(embedder).is_dir())
 
 
 def _integer(name: str, value: Any, *, at_least: int) -> None:

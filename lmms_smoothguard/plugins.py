@@ -60,9 +60,21 @@ def _manager() -> pluggy.PluginManager:
 
 
 def offers(kind: Kind, manager: pluggy.PluginManager | None = None) -> dict[str, Offer]:
-    """Everything of one kind by name; of two equal names the first registered wins, with a warning."""
+    """Everything of one kind by name; of two equal names the first registered wins, with a warning.
+
+    Without a `manager`: what is installed, found once a process.
+    """
+    return _collect(kind, manager) if manager is not None else dict(_installed(kind))
+
+
+@functools.cache
+def _installed(kind: Kind) -> dict[str, Offer]:
+    return _collect(kind, _manager())
+
+
+def _collect(kind: Kind, manager: pluggy.PluginManager) -> dict[str, Offer]:
     found: dict[str, Offer] = {}
-    for implementation in getattr((manager or _manager()).hook, f"smoothguard_{kind}").get_hookimpls():
+    for implementation in getattr(manager.hook, f"smoothguard_{kind}").get_hookimpls():
         owner = implementation.plugin_name
         try:
             items = {str(name): str(target) for name, target in implementation.function().items()}
@@ -81,17 +93,17 @@ def load(kind: Kind, name: str, manager: pluggy.PluginManager | None = None) -> 
     """The object behind a name. Raises ConfigError for an unknown name or one whose owner cannot be imported."""
     known = offers(kind, manager)
     if name not in known:
-        raise ConfigError(f"unknown {_SINGULAR[kind]} {name!r}; {did_you_mean(name, known)}")
+        raise ConfigError(f"unknown {SINGULAR[kind]} {name!r}; {did_you_mean(name, known)}")
     module, _, attribute = known[name].target.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"{_SINGULAR[kind]} {name!r} of {known[name].owner} cannot be loaded from {known[name].target}: {error}"
+            f"{SINGULAR[kind]} {name!r} of {known[name].owner} cannot be loaded from {known[name].target}: {error}"
         ) from error
 
 
-_SINGULAR = {
+SINGULAR = {
     "defenses": "defence",
     "attacks": "attack",
     "judges": "judge",

@@ -49,7 +49,10 @@ def test_fields_replace_those_of_the_base():
         ({"seed": -1}, "-1"),
         ({"include_clean": 1}, "true or false"),
         ({"max_copies_per_batch": 0}, "at least 1"),
-        ({"embedder": ""}, "embedder"),
+        ({"embedder": ""}, "unknown embedder"),
+        ({"embedder": "lexcal"}, "did you mean 'lexical'"),
+        ({"embedder": None}, "unknown embedder None"),
+        ({"aggregator": "k-means"}, "did you mean 'kmeans'"),
         ({"defense": "smoothgard"}, "did you mean 'smoothguard'"),
     ],
 )
