@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from lmms_smoothguard.tiny import language, testsets
 from lmms_smoothguard.tiny.evaluate import held_out_figures
 from lmms_smoothguard.tiny.model import MODEL_DIR
-from lmms_smoothguard.tiny.scenes import OBJECTS, cooccurrence, make_scenes, popularity
+from lmms_smoothguard.tiny.scenes import OBJECTS, cooccurrence, popularity
 from lmms_smoothguard.tiny.train import _FIRST_TRAINING_SHARD
 
 DATA = Path(__file__).parent.parent / "tasks" / "shapes" / "data"
@@ -56,10 +56,13 @@ def test_test_sets_are_what_the_code_makes():
 
 def test_questions_are_balanced_and_true():
     rows = testsets.test_sets()["pope"]
-    scenes = make_scenes(300, 1)
+    scenes = testsets.existence_scenes(300, 1)
     assert len(rows) >= 800
     for subset in (rows, rows[:420], *([r for r in rows if r["category"] == c] for c in language.NEGATIVES)):
         assert sum(row["answer"] == "yes" for row in subset) * 2 == len(subset)
+    assert len({(row["image_source"], row["question"]) for row in rows}) == len(
+        rows
+    )  # a repeated question is no sample
     for row in rows:
         present = scenes.present(int(row["image_source"].rsplit("_", 1)[1]))
         named = [name for name in OBJECTS if f" {name} " in row["question"]]

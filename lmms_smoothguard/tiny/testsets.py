@@ -22,14 +22,17 @@ _POPE_SCENES, _CAPTION_SCENES, _SAFETY_SCENES, _FAINT_SCENES = 300, 150, 26, 100
 
 
 def existence_rows(scenes: SceneSet, seed: int) -> list[dict[str, Any]]:
-    """POPE's schema: for every scene one question a sampling, right answers yes and no in turn."""
+    """POPE's schema: for every scene one question a sampling, right answers yes and no in turn, no question twice."""
     rng = np.random.default_rng([seed, 1])
     rows: list[dict[str, Any]] = []
     for index in range(len(scenes.images)):
         present = scenes.present(index)
+        asked: set[int] = set()
         for category in language.NEGATIVES:
             yes = len(rows) % 2 == 0
-            obj = int(rng.choice(present)) if yes else language.absent_object(present, category, rng)
+            while (obj := _asked_object(present, category, yes, rng)) in asked:
+                pass
+            asked.add(obj)
             rows.append({
                 "question_id": str(len(rows)),
                 "question": language.existence_question(obj),
@@ -39,6 +42,21 @@ def existence_rows(scenes: SceneSet, seed: int) -> list[dict[str, Any]]:
                 "category": category,
             })  # fmt: skip
     return rows
+
+
+def _asked_object(present: tuple[int, ...], category: str, yes: bool, rng: np.random.Generator) -> int:
+    return int(rng.choice(present)) if yes else language.absent_object(present, category, rng)
+
+
+def _with_company(scenes: SceneSet, count: int) -> SceneSet:
+    """The first `count` scenes of at least two objects: two questions with the answer yes need two objects."""
+    kept = np.flatnonzero((scenes.objects >= 0).sum(1) >= 2)[:count]
+    return SceneSet(*(part[kept] for part in scenes))
+
+
+def existence_scenes(count: int, seed: int, *, faint: bool = False) -> SceneSet:
+    """The scenes behind `existence_rows`."""
+    return _with_company(make_scenes(2 * count, seed, faint=faint), count)
 
 
 def caption_rows(scenes: SceneSet, seed: int) -> list[dict[str, Any]]:
@@ -85,8 +103,8 @@ def safety_rows(scenes: SceneSet, seed: int) -> list[dict[str, Any]]:
 def test_sets() -> dict[str, list[dict[str, Any]]]:
     """All test sets by file name; images as uint8 arrays."""
     return {
-        "pope": existence_rows(make_scenes(_POPE_SCENES, _POPE_SEED), _POPE_SEED),
-        "pope_faint": existence_rows(make_scenes(_FAINT_SCENES, _FAINT_SEED, faint=True), _FAINT_SEED),
+        "pope": existence_rows(existence_scenes(_POPE_SCENES, _POPE_SEED), _POPE_SEED),
+        "pope_faint": existence_rows(existence_scenes(_FAINT_SCENES, _FAINT_SEED, faint=True), _FAINT_SEED),
         "caption": caption_rows(make_scenes(_CAPTION_SCENES, _CAPTION_SEED), _CAPTION_SEED),
         "safety": safety_rows(make_scenes(_SAFETY_SCENES, _SAFETY_SEED), _SAFETY_SEED),
     }
