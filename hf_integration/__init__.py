@@ -12,6 +12,7 @@ It may be imported before or after transformers and loads neither it nor torch. 
 from __future__ import annotations
 
 import importlib
+import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -56,13 +57,13 @@ def disable() -> None:
 
 
 def enabled() -> bool:
-    """Whether the override is, or will be, in place."""
+    """Whether the override is in place, or will be as soon as transformers is imported."""
+    if _enabled and "transformers.generation.utils" in sys.modules:
+        return _loaded() and importlib.import_module("hf_integration.override").installed()
     return _enabled
 
 
 def _loaded() -> bool:
-    import sys
-
     return "hf_integration.override" in sys.modules
 
 

@@ -23,6 +23,7 @@ from lmms_smoothguard.defenses.request import Defended, Request, SmoothGuardOutp
 from lmms_smoothguard.errors import UndefendableError
 
 _UNSET: Any = object()
+_DEFENDING: Any = object()
 _lock = threading.RLock()
 _thread = threading.local()
 _originals: list[tuple[type, str, Any]] = []  # (class, attribute, what stood there); _UNSET: nothing did
@@ -52,7 +53,7 @@ def _attachments(model: Any) -> tuple[Any, Any]:
     return _attached[model]
 
 
-@dataclass
+@dataclass(eq=False)
 class Observation:
     """What happened to the defended calls of one thread: their verdicts, and the first error one of them raised."""
 
@@ -73,6 +74,13 @@ def observe() -> Iterator[Observation]:
         watchers.remove(seen)
 
 
+def _handled() -> list[Any]:
+    """The models whose `generate` this thread is in, outermost first; _DEFENDING after one whose copies are answered."""
+    if not hasattr(_thread, "handled"):
+        _thread.handled = []
+    return _thread.handled  # type: ignore[no-any-return]
+
+
 def _watchers() -> list[Observation]:
     if not hasattr(_thread, "watchers"):
         _thread.watchers = []
@@ -84,12 +92,16 @@ def _watchers() -> list[Observation]:
 
 def _config_of(model: Any, arguments: dict[str, Any]) -> SmoothGuardConfig | None:
     """The config in force, taken out of the arguments: the call's own over its generation config's over the model's."""
-    configured = getattr(arguments.get("generation_config"), "smoothguard", None)
-    if configured is None:
-        configured = getattr(getattr(model, "generation_config", None), "smoothguard", None)
-    base = SmoothGuardConfig.parse(configured)
+    base = SmoothGuardConfig.parse(_configured(model, arguments.get("generation_config")))
     own = arguments.pop("smoothguard", _UNSET)
     return base if own is _UNSET or own is None else SmoothGuardConfig.parse(own, base)
+
+
+def _configured(model: Any, generation_config: Any) -> Any:
+    configured = getattr(generation_config, "smoothguard", None)
+    if configured is None:
+        configured = getattr(getattr(model, "generation_config", None), "smoothguard", None)
+    return configured
 
 
 def _bind(signature: inspect.Signature, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -107,16 +119,18 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if getattr(_thread, "inside", False):
-            return original(self, *args, **kwargs)
-        _thread.inside = True
+        handled = _handled()
+        if handled and (handled[-1] is _DEFENDING or any(model is self for model in handled)):
+            return original(self, *args, **kwargs)  # a copy of a defended request, or super().generate()
+        handled.append(self)
         try:
             for watcher in _watchers():
                 watcher.calls += 1
-            config = _config_of(self, kwargs)
-            if config is None:
-                return original(self, *args, **kwargs)
             arguments = _bind(signature, self, args, kwargs)
+            config = _config_of(self, arguments)
+            if config is None:
+                kwargs.pop("smoothguard", None)
+                return original(self, *args, **kwargs)
             tokenizer, image_processor = _attachments(self)
             request = Request(
                 self,
@@ -125,8 +139,10 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
                 arguments.get("tokenizer") or tokenizer,
                 image_processor,
             )
+            handled.append(_DEFENDING)
             defended: Defended | None = plugins.load("defenses", "smoothguard")(request, config)
             if defended is None:
+                kwargs.pop("smoothguard", None)
                 return original(self, *args, **kwargs)
             for watcher in _watchers():
                 watcher.verdicts.append(defended.verdicts)
@@ -136,7 +152,7 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
                 watcher.error = watcher.error or error
             raise
         finally:
-            _thread.inside = False
+            del handled[handled.index(self) :]
 
     generate.__smoothguard_original__ = original  # type: ignore[attr-defined]
     return generate
@@ -145,14 +161,38 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
 def _refusing(original: Callable[..., Any], name: str) -> Callable[..., Any]:
     @functools.wraps(original)
     def bypass(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if SmoothGuardConfig.parse(getattr(getattr(self, "generation_config", None), "smoothguard", None)) is not None:
+        given = kwargs.get("generation_config", next((a for a in args if isinstance(a, GenerationConfig)), None))
+        if SmoothGuardConfig.parse(_configured(self, given)) is not None:
             raise UndefendableError(
-                f"{name}() bypasses generate() and with it SmoothGuard, which generation_config.smoothguard asks for; "
+                f"{name}() bypasses generate() and with it SmoothGuard, which the generation config asks for; "
                 "use generate(), or set generation_config.smoothguard = False"
             )
         return original(self, *args, **kwargs)
 
     return bypass
+
+
+def _adjusting(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A checkpoint with generation code of its own (trust_remote_code) puts it on the instance, past the class."""
+
+    @functools.wraps(original)
+    def adjust_generation_fn(self: Any, *args: Any, **kwargs: Any) -> Any:
+        original(self, *args, **kwargs)
+        own = self.__dict__.get("generate")
+        if own is not None:
+
+            def generate(*call: Any, **options: Any) -> Any:
+                asked = options.pop("smoothguard", _configured(self, options.get("generation_config")))
+                if SmoothGuardConfig.parse(asked) is not None:
+                    raise UndefendableError(
+                        "this checkpoint brings generation code of its own, which cannot be defended; load it with "
+                        "trust_remote_code=False, or set generation_config.smoothguard = False"
+                    )
+                return own(*call, **options)
+
+            self.generate = generate
+
+    return adjust_generation_fn
 
 
 class _ConfigField:
@@ -201,6 +241,10 @@ def install() -> None:
             if original is not None:
                 _replace(GenerationMixin, name, _refusing(original, name))
 
+        adjust = getattr(GenerationMixin, "adjust_generation_fn", None)
+        if adjust is not None:
+            _replace(GenerationMixin, "adjust_generation_fn", _adjusting(adjust))
+
         def __init_subclass__(cls: type, **kwargs: Any) -> None:
             super(GenerationMixin, cls).__init_subclass__(**kwargs)
             with _lock:
@@ -208,6 +252,11 @@ def install() -> None:
                     _wrap_own_generate(cls)
 
         _replace(GenerationMixin, "__init_subclass__", classmethod(__init_subclass__))
+
+
+def installed() -> bool:
+    """Whether the override stands."""
+    return hasattr(GenerationMixin.generate, "__smoothguard_original__")
 
 
 def uninstall() -> None:

@@ -49,7 +49,7 @@ def train_tiny_llava(
     ] = 1.0,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
 ) -> None:
-    """Train the embedded LLaVA from a seed: about half an hour on two cores. Started again, it goes on where it was."""
+    """Train the embedded LLaVA from a seed: about an hour on two cores. Started again, it goes on where it was."""
     from lmms_smoothguard.tiny.session import train
 
     train(out, seed, scale, checkpoint_every)

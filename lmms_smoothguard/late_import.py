@@ -11,34 +11,43 @@ from types import ModuleType
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
+    """Stays until the module was really executed: a mere look for its spec, or an import that fails, changes nothing."""
+
     def __init__(self, module: str, callback: Callable[[ModuleType], None]) -> None:
         self.module, self.callback = module, callback
+        self._looking = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self.module:
+        if fullname != self.module or self._looking:
             return None
-        cancel(self)
-        spec = importlib.util.find_spec(fullname)
+        self._looking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._looking = False
         if spec is None or spec.loader is None:
             return spec
-        run, callback = spec.loader.exec_module, self.callback
+        run = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            callback(module)
+            if self in sys.meta_path:
+                cancel(self)
+                self.callback(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
 def when_imported(module: str, callback: Callable[[ModuleType], None]) -> object:
-    """Calls back now if the module is fully imported, else once it is. The result may be given to `cancel`."""
-    present = sys.modules.get(module)
-    spec = getattr(present, "__spec__", None)
-    if present is not None and not getattr(spec, "_initializing", False):
-        callback(present)
+    """Calls back now if the module is imported, else once it is. The result may be given to `cancel`.
+
+    A module that another thread is importing at this moment is waited for.
+    """
+    if module in sys.modules:
+        callback(importlib.import_module(module))
         return None
     finder = _AfterImport(module, callback)
     sys.meta_path.insert(0, finder)

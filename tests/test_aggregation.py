@@ -108,6 +108,12 @@ def test_properties(answers, aggregator):
         assert keys[verdict.chosen] == most
 
 
+@pytest.mark.parametrize("aggregator", AGGREGATORS)
+def test_different_answers_of_equal_vectors(aggregator):
+    answers = ["a red ball and a blue cube", "a blue cube and a red ball", "a blue ball and a red cube"]
+    assert aggregate(answers, lambda: lambda texts: np.ones((len(texts), 4)), aggregator).chosen in range(3)
+
+
 def test_no_answers():
     with pytest.raises(ValueError, match="at least one"):
         aggregate([], never)

@@ -320,3 +320,31 @@ def test_an_unwritable_cache(tmp_path):
     with pytest.raises(AttackError, match="cannot be written to"):
         AttackCache(blocked / "cache")
     assert stat.S_ISREG(blocked.stat().st_mode)
+
+
+def test_rounding_keeps_most_of_a_small_l2_change():
+    """Truncation towards the clean image would lose nearly all of it."""
+    torch.manual_seed(0)
+    clean = torch.full((2, 3, 336, 336), 128 / 255)
+    attack = PGD(AttackSettings(eps=2.0, norm="l2"))
+    wanted = torch.randn(clean.shape)
+    wanted = wanted / wanted.flatten(1).norm(dim=1).view(-1, 1, 1, 1) * 2.0
+    found = attack._to_8_bit(clean + wanted, clean) - clean
+    assert (found.flatten(1).norm(dim=1) <= 2.0 + 1e-5).all()
+    assert (found.flatten(1).norm(dim=1) >= 1.9).all()
+    assert ((found * 255) - (found * 255).round()).abs().max() < 1e-3
+
+
+def test_the_fingerprint_tells_configs_apart(trained):
+    import copy
+
+    model, _ = trained
+    other = copy.deepcopy(model)
+    other.config.vision_feature_layer = -2
+    assert model_fingerprint(other) != model_fingerprint(model)
+    other = copy.deepcopy(model)
+    other.generation_config.repetition_penalty = 1.3
+    assert model_fingerprint(other) != model_fingerprint(model)
+    other = copy.deepcopy(model)
+    other.generation_config.smoothguard = {"sigma": 0.3}
+    assert model_fingerprint(other) == model_fingerprint(model)  # an attack is crafted once for all defences

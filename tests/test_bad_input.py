@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -54,7 +55,10 @@ def test_audio_is_refused_with_the_reason(llava, batch, key):
         model.generate(**batch(0), **{key: torch.zeros(1, 8)}, smoothguard=True)
 
 
-@pytest.mark.parametrize("value", [torch.zeros(1, 8), [torch.zeros(2)], [[torch.zeros(2)]]])
+@pytest.mark.parametrize(
+    "value",
+    [torch.zeros(1, 8), [[torch.zeros(2)]], {"image": torch.zeros(2)}, np.zeros(3), [Image.new("RGB", (4, 4))]],
+)
 def test_unknown_media_is_refused(llava, batch, value):
     model, _ = llava
     with pytest.raises(UndefendableError, match="mystery_patches is a continuous input of unknown layout"):
@@ -177,3 +181,12 @@ def test_an_empty_batch(llava, batch):
     inputs = {key: value[:0] for key, value in batch(0).items()}
     with pytest.raises(UndefendableError, match="empty"):
         model.generate(**inputs, smoothguard=True)
+
+
+@pytest.mark.parametrize("key", ["mm_encoder_outputs", "encoder_outputs"])
+def test_images_that_were_encoded_before_are_refused(llava, batch, key):
+    model, _ = llava
+    inputs = batch(0)
+    inputs.pop("pixel_values")
+    with pytest.raises(UndefendableError, match=key):
+        model.generate(**inputs, **{key: {"image": object()}}, smoothguard=True)

@@ -139,3 +139,20 @@ def test_statistics_from_the_models_own_directory(trained):
     model, processor = trained
     assert pixel_statistics(model).std.tolist() == [0.5] * 3
     assert pixel_statistics(model, processor.image_processor).source == "processor"
+
+
+def test_images_padded_to_the_largest_of_a_batch_keep_their_noise():
+    """Pixtral pads height and width, and gives the sizes."""
+    from types import SimpleNamespace
+
+    config = SimpleNamespace(vision_config=SimpleNamespace(model_type="pixtral"), image_token_id=9, model_type="llava")
+    small = torch.randn(1, 3, 8, 8)
+    padded = torch.nn.functional.pad(small, (0, 4, 0, 8))
+    together = {
+        "pixel_values": torch.cat([padded, torch.randn(1, 3, 16, 12)]),
+        "image_sizes": torch.tensor([[8, 8], [16, 12]]),
+    }
+    alone = {"pixel_values": small, "image_sizes": torch.tensor([[8, 8]])}
+    noisy = source(find_images(together, config)).copy(1)
+    assert torch.equal(noisy[0, :, :8, :8], source(find_images(alone, config)).copy(1)[0])
+    assert not noisy[0, :, 8:].any()

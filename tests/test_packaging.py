@@ -39,6 +39,19 @@ def test_hf_integration_before_or_after_transformers():
            "assert not hasattr(GenerationMixin.generate, '__smoothguard_original__')")  # fmt: skip
 
 
+def test_a_callback_outlives_a_mere_look_and_a_failed_import(tmp_path):
+    (tmp_path / "shaky.py").write_text("import os\nif os.environ.get('SHAKY'):\n    raise RuntimeError('not now')\n")
+    python(
+        "import importlib.util, os, sys; sys.path.insert(0, '.')\n"
+        "from lmms_smoothguard.late_import import when_imported\n"
+        "seen = []; when_imported('shaky', seen.append); importlib.util.find_spec('shaky'); os.environ['SHAKY'] = '1'\n"
+        "try: import shaky\nexcept RuntimeError: pass\n"
+        "assert not seen; del os.environ['SHAKY']; import shaky; assert seen == [shaky]\n"
+        "when_imported('shaky', seen.append); assert seen == [shaky] * 2",
+        cwd=tmp_path,
+    )
+
+
 def test_the_entry_point_is_cheap():
     """Under 0.1 s of `lmms-eval models`, and no torch: measured as what our callable takes in that process."""
     measured = python(

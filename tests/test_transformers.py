@@ -368,3 +368,78 @@ def test_observation_counts_calls_and_keeps_errors(llava, batch):
     assert seen.calls == 3
     assert len(seen.verdicts) == 1
     assert isinstance(seen.error, UndefendableError)
+
+
+def test_a_positional_generation_config_counts(llava, batch):
+    from transformers import GenerationConfig
+
+    model, _ = llava
+    inputs = batch(0)
+    ids = inputs.pop("input_ids")
+    config = GenerationConfig(max_new_tokens=4, smoothguard={"num_samples": 3}, return_dict_in_generate=True)
+    assert model.generate(ids, config, **inputs).smoothguard[0].num_samples_used == 3
+    with pytest.raises(UndefendableError, match="bypasses generate"):
+        model.generate_batch([[1, 2]], config)
+
+
+def test_a_model_inside_another_models_generate_is_defended(llava, batch):
+    """Omni models answer through a thinker of their own."""
+    import copy
+
+    from transformers import GenerationMixin
+
+    model, _ = llava
+    inner = copy.deepcopy(model)
+    inner.generation_config.smoothguard = {"num_samples": 3}
+
+    class Outer(GenerationMixin):
+        generation_config = model.generation_config
+
+        def generate(self, **kwargs):
+            return inner.generate(**kwargs)
+
+    out = Outer().generate(**batch(0), max_new_tokens=4, return_dict_in_generate=True)
+    assert out.smoothguard[0].num_samples_used == 3
+
+
+def test_generation_code_of_a_checkpoint_refuses(llava, monkeypatch):
+    """transformers puts it on the instance, where no class-level override sees it."""
+    from transformers import GenerationMixin
+
+    class Custom(GenerationMixin):
+        generation_config = None
+
+    hf_integration.disable()
+    try:
+        monkeypatch.setattr(
+            GenerationMixin, "adjust_generation_fn", lambda self: setattr(self, "generate", lambda **k: "custom")
+        )
+        hf_integration.enable()
+        model = Custom()
+        model.adjust_generation_fn()
+        assert model.generate() == "custom"
+        with pytest.raises(UndefendableError, match="generation code of its own"):
+            model.generate(smoothguard=True)
+    finally:
+        hf_integration.disable()
+        monkeypatch.undo()
+        hf_integration.enable()
+
+
+def test_a_rows_constraint_holds_for_all_its_copies(llava, batch):
+    model, processor = llava
+    yes, no = (processor.tokenizer(f" {word}", add_special_tokens=False).input_ids[0] for word in ("Yes", "No"))
+    allowed = {0: [yes], 1: [no]}
+    found = verdicts(model, batch(0, 1), max_new_tokens=1, prefix_allowed_tokens_fn=lambda row, ids: allowed[row])
+    assert set(found[0].candidates) == {(yes,)}
+    assert set(found[1].candidates) == {(no,)}
+
+
+def test_observers_of_equal_content_are_told_apart(llava, batch):
+    model, _ = llava
+    with hf_integration.observe() as outer:
+        with hf_integration.observe():
+            pass
+        model.generate(**batch(0), max_new_tokens=4, smoothguard=True)
+    assert outer.calls == 1
+    assert len(outer.verdicts) == 1

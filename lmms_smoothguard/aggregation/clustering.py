@@ -86,6 +86,8 @@ def silhouette(points: Points) -> Clusters:
     from sklearn.metrics import silhouette_score
 
     vectors = points.vectors()
+    if len(np.unique(_kmeans_labels(points, 2))) == 1:
+        return _with_clusters(points, 2)
     copies = np.repeat(np.arange(len(vectors)), points.weights)
     best = max(
         range(2, max(3, len(vectors))),

@@ -78,18 +78,30 @@ class Attack(ABC):
         return (clean + delta).clamp(0, 1)
 
     def _to_8_bit(self, new: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
-        """The nearest multiples of 1/255 inside the budget; `clean` is made of such multiples itself."""
+        """Multiples of 1/255 inside the budget; `clean` is made of such multiples itself.
+
+        L-inf: the nearest. L2: rounding can leave the ball, so a change is rounded up only above a threshold, per image
+        the lowest one from 1/2 on with which the whole stays inside.
+        """
         base = (clean * 255).round()
-        delta = (new * 255).round() - base
+        change = new * 255 - base
         if self.settings.norm == "linf":
             most = int(self.settings.eps * 255 + 1e-6)
-            delta = delta.clamp(-most, most)
+            delta = change.round().clamp(-most, most)
         else:
-            outside = _norms(delta) > self.settings.eps * 255
-            delta = torch.where(
-                outside, (new * 255 - base).trunc(), delta
-            )  # towards the clean image: never farther out
+            low, high = (torch.full_like(_norms(change), value) for value in (0.5, 1.0))
+            high = torch.where(_norms(_rounded(change, low)) <= self.settings.eps * 255, low, high)
+            for _ in range(20):
+                middle = (low + high) / 2
+                inside = _norms(_rounded(change, middle)) <= self.settings.eps * 255
+                low, high = torch.where(inside, low, middle), torch.where(inside, middle, high)
+            delta = _rounded(change, high)
         return (base + delta).clamp(0, 255) / 255
+
+
+def _rounded(change: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    """Whole numbers: the fraction of a magnitude is rounded up from `threshold` on; 1 = towards zero."""
+    return change.sign() * (change.abs() + (1 - threshold)).floor()
 
 
 def _norms(delta: torch.Tensor) -> torch.Tensor:

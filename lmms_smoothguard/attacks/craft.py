@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import time
 from collections import defaultdict
@@ -30,6 +31,11 @@ from lmms_smoothguard.noise import add_noise
 log = logging.getLogger(__name__)
 
 _PIXELS = "pixel_values"
+_INERT = (
+    "smoothguard",
+    "transformers_version",
+    "_from_model_config",
+)  # of a generation config: no plain answer hangs on it
 
 
 @dataclass(frozen=True)
@@ -195,8 +201,12 @@ def reference_answer(
 
 
 def model_fingerprint(model: Any) -> str:
-    """A digest of the model's config and of a sample of every parameter: which weights, without reading all of them."""
-    hasher = hashlib.sha256(type(model).__name__.encode())
+    """A digest of the model's configs and of a sample of every parameter: which weights, without reading all of them."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    generation = {k: v for k, v in model.generation_config.to_dict().items() if k not in _INERT}
+    hasher = hashlib.sha256(
+        json.dumps([type(model).__name__, config, generation], default=str, sort_keys=True).encode()
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             flat = parameter.detach().reshape(-1)

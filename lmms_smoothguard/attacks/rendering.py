@@ -14,8 +14,9 @@ import torch
 from lmms_smoothguard.attacks.base import Pictures
 from lmms_smoothguard.errors import AttackError
 
-_TOLERANCE = 0.1
-"""Mean absolute difference allowed against the 8-bit path, in normalised units: a resize rounds there and not here."""
+_TOLERANCE = 0.03
+"""Mean absolute difference allowed in any request against the 8-bit path, in normalised units (about two grey levels of
+CLIP's): a resize rounds and clips there, and not here."""
 
 
 class Renderer:
@@ -56,10 +57,10 @@ class Renderer:
             if rendered.shape != expected.shape:
                 problem = f"shape {tuple(rendered.shape)} instead of {tuple(expected.shape)}"
                 continue
-            off = float((rendered.float() - expected).abs().mean())
+            off = float((rendered.float() - expected).abs().reshape(len(clean[0]), -1).mean(1).max())
             if off <= _TOLERANCE:
                 return
-            problem = f"{off:.3g} off on average, in normalised units"
+            problem = f"{off:.3g} off on average in one request, in normalised units"
         raise AttackError(
             f"the differentiable preprocessing does not reproduce {key}: {problem}. The caller preprocesses images in a "
             "way of its own, so an attack would be scored on other pixels than it was crafted on."

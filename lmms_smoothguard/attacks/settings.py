@@ -52,6 +52,10 @@ class AttackSettings:
             raise ConfigError(
                 f"attack eps is {self.eps!r}, more than the whole range of a pixel; grey levels are written as {self.eps:g}/255"
             )
+        if self.norm == "linf" and 0 < self.eps < 1 / 255 - 1e-9:
+            raise ConfigError(
+                f"attack eps is {self.eps!r}, less than one grey level: no 8-bit image lies that near; expected 1/255 or more"
+            )
         if self.step_size is not None and (not _number(self.step_size) or not self.step_size > 0):
             raise ConfigError(f"attack step_size is {self.step_size!r}; expected a positive number such as 1/255")
         for field, least in (("steps", 1), ("eot", 0), ("seed", 0)):

@@ -35,12 +35,10 @@ class ChannelsFirst:
     def _extents(self, image: torch.Tensor, where: slice) -> list[tuple[int, int, int]]:
         """(tile, height, width) of every tile that is no padding."""
         tiles = image.reshape(-1, *image.shape[-3:])
-        if image.ndim <= 4:
-            return [(i, *tiles.shape[-2:]) for i in range(len(tiles))]
         mask = None if self._mask is None else self._mask[where].reshape(-1, *self._mask.shape[-2:]).bool()
         extents = []
         for index in range(len(tiles)):
-            if not tiles[index].any():
+            if image.ndim > 4 and not tiles[index].any():
                 continue
             height, width = tiles.shape[-2:]
             if mask is not None:

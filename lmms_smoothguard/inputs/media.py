@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from PIL.Image import Image
 
 from lmms_smoothguard.errors import UndefendableError
 from lmms_smoothguard.inputs.layouts import ChannelsFirst, Layout, PackedPatches
@@ -15,6 +17,7 @@ AUDIO_KEYS = (
     "input_features", "input_values", "audio_values", "audio_input_features", "audio_features", "input_audio_embeds",
 )  # fmt: skip
 VIDEO_KEYS = ("pixel_values_videos", "video_values", "video_pixel_values")
+_ENCODED_KEYS = ("mm_encoder_outputs", "encoder_outputs")  # whatever they hold, the pixels are gone
 # Float tensors that carry no media: masks and positions.
 _PLAIN_KEYS = frozenset({
     "attention_mask", "decoder_attention_mask", "cross_attention_mask", "pixel_attention_mask", "position_ids",
@@ -55,7 +58,8 @@ def find_images(inputs: Mapping[str, Any], config: Any) -> Images | None:
             )
     found = [key for key in IMAGE_KEYS if inputs.get(key) is not None]
     for key, value in inputs.items():
-        if key not in found and key not in _PLAIN_KEYS and _is_continuous(value):
+        opaque = key in _ENCODED_KEYS and value is not None
+        if key not in found and key not in _PLAIN_KEYS and (opaque or _is_continuous(value)):
             raise UndefendableError(
                 f"{key} is a continuous input of unknown layout; expected one of: {', '.join(IMAGE_KEYS)}. "
                 "It would pass undefended, so it is refused; pass smoothguard=False to allow that."
@@ -86,9 +90,11 @@ def find_images(inputs: Mapping[str, Any], config: Any) -> Images | None:
 def _is_continuous(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.is_floating_point()
+    if isinstance(value, Mapping):
+        return any(_is_continuous(item) for item in value.values())
     if isinstance(value, list | tuple):
         return any(_is_continuous(item) for item in value)
-    return False
+    return isinstance(value, np.ndarray | Image)
 
 
 def _is_multimodal(config: Any) -> bool:
@@ -100,6 +106,9 @@ def _layout_of(
 ) -> tuple[Layout, tuple[slice, ...]]:
     if values.ndim >= 4:
         mask = inputs.get("pixel_attention_mask")
+        vision_type = getattr(getattr(config, "vision_config", None), "model_type", None)
+        if vision_type == "pixtral" and values.ndim == 4:  # pads every image to the largest of the batch
+            mask = _mask_of_sizes(inputs.get("image_sizes"), values)
         return ChannelsFirst(mask), tuple(slice(i, i + 1) for i in range(values.shape[0]))
     grid, vision = inputs.get("image_grid_thw"), getattr(config, "vision_config", None)
     patch, frames = getattr(vision, "patch_size", None), getattr(vision, "temporal_patch_size", None)
@@ -118,8 +127,21 @@ def _layout_of(
     )
 
 
+def _mask_of_sizes(sizes: Any, values: torch.Tensor) -> torch.Tensor | None:
+    """(images, height, width), true inside each image's own size."""
+    if sizes is None:
+        return None
+    mask = torch.zeros(values.shape[0], *values.shape[-2:], dtype=torch.bool)
+    for image, (height, width) in enumerate(torch.as_tensor(sizes).tolist()):
+        mask[image, :height, :width] = True
+    return mask
+
+
 def _rows(inputs: Mapping[str, Any], config: Any, slices: tuple[slice, ...], layout: Layout) -> tuple[int, ...] | None:
     """Which user row each image belongs to, from the image placeholders in the prompt."""
+    values = inputs["pixel_values"]
+    if values.ndim > 4 or getattr(getattr(config, "vision_config", None), "model_type", None) == "pixtral":
+        return None  # an image's tokens depend on its size, so a neighbour could shift the count
     ids = inputs.get("input_ids")
     token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,14 +27,23 @@ def _controls() -> frozenset[str]:
     return frozenset(parameters | set(GenerationConfig().to_dict()) | {"tokenizer", "assistant_tokenizer", "use_cache"})
 
 
+def _for_every_copy(allowed: Callable[[int, Any], Any], rows: int) -> Callable[[int, Any], Any]:
+    """A row's constraint holds for all its copies."""
+    return lambda row, ids: allowed(row % rows, ids)
+
+
 def tile(inputs: Mapping[str, Any], copies: Sequence[torch.Tensor], key: str) -> dict[str, Any]:
     """The keyword arguments of a batch of copies: `copies` are the values of `key`, everything per-row is repeated."""
     count = len(copies)
+    ids = inputs.get("input_ids")
+    rows = ids.shape[0] if isinstance(ids, torch.Tensor) else copies[0].shape[0]
     tiled: dict[str, Any] = {}
     for name, value in inputs.items():
         if name == key:
             tiled[name] = torch.cat(list(copies))
-        elif name in _controls():
+        elif name == "prefix_allowed_tokens_fn" and value is not None:
+            tiled[name] = _for_every_copy(value, rows)
+        elif name in _controls() and not name.startswith("negative_prompt"):
             tiled[name] = value
         elif isinstance(value, torch.Tensor) and value.ndim:
             along = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,7 @@ class Experiment:
 def run(experiment: Experiment, out: Path, pretrained: Path, cache: Path) -> dict[str, Any]:
     """Runs lmms-eval and summarises its samples log. Raises SmoothGuardError when it fails."""
     directory = out / experiment.name
+    shutil.rmtree(directory, ignore_errors=True)  # an older run's log must never pass for this one's
     command = experiment.command(str(pretrained), str(directory))
     environment = {
         **os.environ,
@@ -51,8 +53,9 @@ def run(experiment: Experiment, out: Path, pretrained: Path, cache: Path) -> dic
         "TOKENIZERS_PARALLELISM": "false",
     }
     done = subprocess.run([sys.executable, "-m", "lmms_eval", *command[1:]], env=environment, check=False)
-    if done.returncode:
-        raise SmoothGuardError(f"lmms-eval failed with exit code {done.returncode}: {' '.join(command)}")
+    # lmms-eval exits with 0 after most failures: only a log shows that it ran through.
+    if done.returncode or any(not list(directory.rglob(f"*_samples_{task}.jsonl")) for task in experiment.tasks):
+        raise SmoothGuardError(f"lmms-eval failed (exit code {done.returncode}), see above: {' '.join(command)}")
     return summarize(experiment, directory)
 
 

@@ -127,9 +127,9 @@ seen in training. Noise is Gaussian in [0, 1] pixel units.
 
 ## Why the training data looks as it does
 
-Large CLIP-based models are fragile on clean images (LLaVA falls to changes of 2 to 4 grey levels) and yet tolerate
-Gaussian noise. A small model trained with noise alone is not like that: it is smooth, needs 8 to 16 levels, and what an
-attack finds then survives a defence's noise. This one is trained to be like the large ones: about half of its last
+Large CLIP-based models are fragile on clean images (LLaVA falls to changes of 2 to 4 grey levels, arXiv 2402.12336) and
+yet tolerate Gaussian noise. A small model trained with noise alone is not like that: it is smooth, and what an attack
+finds in it survives a defence's noise. This one is trained to be like the large ones: about half of its last
 stage are FAINT scenes, never noised, whose objects stand out from the background by a few grey levels only, so that on a
 clean picture the model has to react to tiny contrasts; the other half are ordinary scenes, most of them noised.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +67,8 @@ def take_options(kwargs: dict[str, Any]) -> Options:
     return Options(defense, attack, Path(cache).expanduser() if cache else default_cache_dir() / "attacks", batch_size)
 
 
-def explain_leftover(kwargs: Mapping[str, Any], accepted: Mapping[str, Any] | None) -> None:
+def explain_leftover(kwargs: Mapping[str, Any], accepted: Sequence[str]) -> None:
     """Refuses a key that neither the wrapper nor we know, with the nearest name of either."""
-    if accepted is None:
-        return
     for key in kwargs:
         if key not in accepted:
             known = [

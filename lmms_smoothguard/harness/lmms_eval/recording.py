@@ -61,7 +61,7 @@ def _answer(
     key = content_key(
         kind="clean answer",
         model=fingerprint,
-        settings={k: v for k, v in kwargs.items() if isinstance(v, str | int | float | bool | None)},
+        settings={k: repr(v) for k, v in kwargs.items() if not isinstance(v, torch.Tensor)},
         prompt=ids.cpu().numpy(),
         pixels=kwargs["pixel_values"].float().cpu().numpy(),
     )

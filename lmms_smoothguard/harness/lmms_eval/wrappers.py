@@ -52,8 +52,8 @@ class SmoothGuardMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._sg_options = take_options(kwargs)
-        base_init = inspect.signature(super().__init__).parameters
-        explain_leftover(kwargs, _accepted(base_init))
+        base_init = _parameters(type(self))
+        explain_leftover(kwargs, [*base_init, "batch_size", "max_batch_size", "device"])
         if not torch.cuda.is_available():  # upstream's defaults, "cuda" and "", do not work on a CPU
             if "device" in base_init:
                 kwargs["device"] = "cpu" if str(kwargs.get("device") or "cuda").startswith("cuda") else kwargs["device"]
@@ -235,12 +235,20 @@ def _summary(verdicts: Sequence[SmoothGuardOutput]) -> dict[str, Any]:
 # -- the wrapper underneath --------------------------------------------------------------------------------------------
 
 
-def _accepted(parameters: Any) -> dict[str, Any]:
-    """The base's own named arguments: many take `**kwargs` only to assert that there are none."""
+def _parameters(wrapper: type) -> dict[str, inspect.Parameter]:
+    """The named arguments of a wrapper's own `__init__`, and of the next ones for as long as each hands `**kwargs` on."""
+    own = wrapper.__mro__[wrapper.__mro__.index(SmoothGuardMixin) + 1 :]
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {name: p for name, p in parameters.items() if p.kind in named} | dict.fromkeys(
-        ("batch_size", "max_batch_size", "device")
-    )
+    found: dict[str, inspect.Parameter] = {}
+    for base in own:
+        if "__init__" not in base.__dict__ or base is object:
+            continue
+        parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
+        found = {name: p for name, p in parameters.items() if p.kind in named and name != "self"} | found
+        # Most take **kwargs only to assert that there are none; those that hand them on name no model of their own.
+        if "pretrained" in found:
+            break
+    return found
 
 
 def _find_processor(wrapper: Any) -> Any:
