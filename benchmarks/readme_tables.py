@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 GROUPS = {
     "demo": [experiment.name for experiment in DEMO],
     "standard": ["published", "one_noisy_copy", "n20", "n20_noisy_only", "plain_eps2", "smoothguard_eps2", "plain_eps8", "smoothguard_eps8"],
-    "adaptive": ["smoothguard_eot40", "smoothguard_eot100", "smoothguard_eot40_eps8"],
+    "adaptive": ["smoothguard_eot40", "smoothguard_eot100"],
     "utility": ["faint_plain", "faint_smoothguard", "caption_plain", "caption_smoothguard"],
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small lose more by waiting for threads than they win
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest

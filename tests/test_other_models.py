@@ -137,6 +137,7 @@ def test_attack_and_defence_through_lmms_evals_qwen2_vl_wrapper(qwen):
     )  # fmt: skip
     for sample in found["samples"]["shapes_pope_pgd"]:
         info = sample["token_counts"][0]
+        assert 0.03 < info["attack_rendering_gap"] < 0.15  # upstream's simple wrapper sends images through JPEG
         assert 0 < info["attack_linf"] <= 4 / 255 + 1e-6
         assert len(info["candidates"]) == 3
 

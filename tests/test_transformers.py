@@ -163,9 +163,12 @@ def test_after_out_of_memory_it_goes_on_with_fewer(llava, batch, monkeypatch):
 
 def test_other_errors_are_not_taken_for_out_of_memory(llava, batch, monkeypatch):
     model, _ = llava
-    monkeypatch.setattr(
-        type(model), "forward", lambda self, *a, **k: (_ for _ in ()).throw(RuntimeError("a shape is wrong"))
-    )
+
+    @functools.wraps(type(model).forward)
+    def broken(self, *args, **kwargs):
+        raise RuntimeError("a shape is wrong")
+
+    monkeypatch.setattr(type(model), "forward", broken)
     with pytest.raises(RuntimeError, match="a shape is wrong"):
         verdicts(model, batch(0))
 

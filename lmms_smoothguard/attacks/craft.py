@@ -20,7 +20,7 @@ from lmms_smoothguard import plugins
 from lmms_smoothguard.attacks.base import Attack, Pictures, distances
 from lmms_smoothguard.attacks.cache import FORMAT, AttackCache, Entry, content_key
 from lmms_smoothguard.attacks.objective import AnswerLoss, Perturb, answer_ids
-from lmms_smoothguard.attacks.rendering import Renderer
+from lmms_smoothguard.attacks.rendering import EXACT_ENOUGH, Renderer
 from lmms_smoothguard.attacks.settings import AttackSettings
 from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.errors import AttackError
@@ -126,7 +126,13 @@ class Crafter:
         renderer = Renderer(self._processor, device, first.inputs[_PIXELS].dtype)
         pixels = {_PIXELS: torch.cat([job.inputs[_PIXELS] for job in jobs.values()])}
         with torch.no_grad():
-            renderer.check(clean, pixels, _PIXELS)
+            gap = renderer.check(clean, pixels, _PIXELS)
+        if gap > EXACT_ENOUGH:
+            log.warning(
+                "the caller changes images before the model sees them (%.3g off on average, in normalised units; JPEG, "
+                "perhaps): the attack is crafted without that step and scored with it, so it is weaker than it could be",
+                gap,
+            )
         rendered = set(renderer(tuple(slot[:1] for slot in clean)))
         prompts = [
             {k: v for k, v in job.inputs.items() if isinstance(v, torch.Tensor) and k not in rendered}
@@ -160,6 +166,7 @@ class Crafter:
                 "model": self._fingerprint,
                 "noise": [self._defense.sigma, self._defense.noise_space] if settings.eot and self._defense else None,
                 **distance,
+                "rendering_gap": gap,
                 "seconds": seconds,
                 "objective": [round(float(step[row]), 5) for step in losses],
             }

@@ -14,9 +14,10 @@ import torch
 from lmms_smoothguard.attacks.base import Pictures
 from lmms_smoothguard.errors import AttackError
 
-_TOLERANCE = 0.03
-"""Mean absolute difference allowed in any request against the 8-bit path, in normalised units (about two grey levels of
-CLIP's): a resize rounds and clips there, and not here."""
+EXACT_ENOUGH = 0.03
+"""Mean absolute difference from the 8-bit path, in normalised units (two grey levels of CLIP's), that a resize explains:
+it rounds and clips there, and not here. Beyond it something else happens to the image, such as JPEG."""
+_TOO_FAR = 0.15
 
 
 class Renderer:
@@ -43,8 +44,9 @@ class Renderer:
             if isinstance(value, torch.Tensor)
         }
 
-    def check(self, clean: Pictures, captured: Mapping[str, Any], key: str) -> None:
-        """Compares the clean pictures, rendered, with what the ordinary path made of them. Raises AttackError."""
+    def check(self, clean: Pictures, captured: Mapping[str, Any], key: str) -> float:
+        """The largest mean difference, over the requests, between the clean pictures rendered here and what the ordinary
+        path made of them, in normalised units. Raises AttackError where they are not the same picture."""
         expected = captured[key].float()
         problem = ""
         for nested in (False, True):
@@ -57,10 +59,10 @@ class Renderer:
             if rendered.shape != expected.shape:
                 problem = f"shape {tuple(rendered.shape)} instead of {tuple(expected.shape)}"
                 continue
-            off = float((rendered.float() - expected).abs().reshape(len(clean[0]), -1).mean(1).max())
-            if off <= _TOLERANCE:
-                return
-            problem = f"{off:.3g} off on average in one request, in normalised units"
+            gap = float((rendered.float() - expected).abs().reshape(len(clean[0]), -1).mean(1).max())
+            if gap <= _TOO_FAR:
+                return gap
+            problem = f"{gap:.3g} off on average in one request, in normalised units"
         raise AttackError(
             f"the differentiable preprocessing does not reproduce {key}: {problem}. The caller preprocesses images in a "
             "way of its own, so an attack would be scored on other pixels than it was crafted on."

@@ -38,8 +38,7 @@ REST = (
     Experiment("caption_plain", _NO_DEFENSE, ("shapes_caption", "shapes_caption_pgd"), 150, about="undefended"),
     Experiment("caption_smoothguard", _PIXEL, ("shapes_caption", "shapes_caption_pgd"), 150, about="SmoothGuard, N = 10, sigma 0.2 pixel"),
     Experiment("smoothguard_eot40", _PIXEL | _EOT, (ATTACKED,), 150, about="SmoothGuard, N = 10, sigma 0.2 pixel"),
-    Experiment("smoothguard_eot100", _PIXEL | _EOT | {"attack_steps": "100"}, (ATTACKED,), 150, about="SmoothGuard, N = 10, sigma 0.2 pixel"),
-    Experiment("smoothguard_eot40_eps8", _PIXEL | _EOT | {"attack_eps": "8/255"}, (ATTACKED,), 150, about="SmoothGuard, N = 10, sigma 0.2 pixel"),
+    Experiment("smoothguard_eot100", _PIXEL | _EOT | {"attack_steps": "100"}, (ATTACKED,), 100, about="SmoothGuard, N = 10, sigma 0.2 pixel"),
 )  # fmt: skip
 
 

@@ -179,6 +179,7 @@ class SmoothGuardMixin:
             "attack": entry.record["attack"],
             "attack_linf": entry.record["linf"],
             "attack_l2": entry.record["l2"],
+            "attack_rendering_gap": entry.record["rendering_gap"],
             "attack_seconds": entry.record["seconds"],
             "clean_answer": plain.text,
         }
