@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig, GenerationMixin
+# Not `from transformers import ...`: this runs right after generation.utils was imported, when the rest may be half done.
+from transformers.generation.configuration_utils import GenerationConfig
+from transformers.generation.utils import GenerationMixin
 
 from lmms_smoothguard import plugins
 from lmms_smoothguard.config import SmoothGuardConfig
@@ -45,6 +47,8 @@ def attach(model: Any, processor: Any) -> None:
 
 def _attachments(model: Any) -> tuple[Any, Any]:
     if model not in _attached:
+        from transformers import AutoTokenizer
+
         tokenizer, where = None, getattr(model, "name_or_path", "")
         if where:
             with contextlib.suppress(OSError, ValueError, ImportError, KeyError):
