@@ -146,6 +146,7 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
             handled.append(_DEFENDING)
             defended: Defended | None = plugins.load("defenses", "smoothguard")(request, config)
             if defended is None:
+                handled.pop()  # no copies are answered, so a model called inside is on its own
                 kwargs.pop("smoothguard", None)
                 return original(self, *args, **kwargs)
             for watcher in _watchers():

@@ -31,11 +31,8 @@ from lmms_smoothguard.noise import add_noise
 log = logging.getLogger(__name__)
 
 _PIXELS = "pixel_values"
-_INERT = (
-    "smoothguard",
-    "transformers_version",
-    "_from_model_config",
-)  # of a generation config: no plain answer hangs on it
+# Of a generation config: no plain answer hangs on these.
+_INERT = ("smoothguard", "transformers_version", "_from_model_config")
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ class Crafter:
     ) -> None:
         self._model, self._processor, self._cache, self._defense = model, image_processor, cache, defense
         self._batch_size = batch_size
-        self._fingerprint = model_fingerprint(model)
+        self.fingerprint = model_fingerprint(model)
 
     def craft(self, jobs: Sequence[Job]) -> list[Entry]:
         """The entries of all jobs, in order. What is crafted is cached batch by batch, so a killed run goes on."""
@@ -93,7 +90,7 @@ class Crafter:
         return content_key(
             format=FORMAT,
             settings=job.settings.to_dict(),
-            model=self._fingerprint,
+            model=self.fingerprint,
             noise=noise,
             answer=list(job.answer),
             prompt=job.inputs["input_ids"].cpu().numpy(),
@@ -163,7 +160,7 @@ class Crafter:
             images = [(slot[row] * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy() for slot in adversarial]
             record = {
                 "attack": settings.to_dict(),
-                "model": self._fingerprint,
+                "model": self.fingerprint,
                 "noise": [self._defense.sigma, self._defense.noise_space] if settings.eot and self._defense else None,
                 **distance,
                 "rendering_gap": gap,

@@ -46,7 +46,7 @@ def table_rows(rows: Sequence[dict[str, Any]], baseline: dict[str, Any] | None =
         cells.append((
             row["about"] + _task_note(row),
             "-" if attacked is None else attack_name(attacked["attack"]),
-            str((either.get("asr") or either["accuracy"])["count"]),
+            _count(either),
             "-" if clean is None else _percent(clean["accuracy"]),
             "-" if attacked is None else _percent(attacked["accuracy"]),
             "-" if attacked is None else _percent(attacked["asr"]),
@@ -55,6 +55,13 @@ def table_rows(rows: Sequence[dict[str, Any]], baseline: dict[str, Any] | None =
             f"{_seconds(row) / plain:.1f}" if plain and _task_note(row) == "" else "-",
         ))  # fmt: skip
     return cells
+
+
+def _count(figures: dict[str, Any]) -> str:
+    """The samples, and where ASR leaves out those that are wrong when clean: `145 of 150`."""
+    samples = figures["accuracy"]["count"]
+    counted = figures.get("asr", figures["accuracy"])["count"]
+    return str(samples) if counted == samples else f"{counted} of {samples}"
 
 
 def _task_note(row: dict[str, Any]) -> str:

@@ -4,37 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from lmms_smoothguard.errors import SmoothGuardError
 
-
-@dataclass(frozen=True)
-class Finding:
-    """`clean_answer`: the undefended model's answer to the clean sample; `info`: everything that goes into the log."""
-
-    clean_answer: str
-    info: dict[str, Any]
+_clean_answers: dict[tuple[str, str], str] = {}
 
 
-_findings: dict[tuple[str, str], Finding] = {}
-
-
-def _place(attack: str, doc: Mapping[str, Any]) -> tuple[str, str]:
+def _place(task: str, doc: Mapping[str, Any]) -> tuple[str, str]:
     scalars = {key: doc[key] for key in sorted(doc) if isinstance(doc[key], str | int | float | bool)}
-    return attack, json.dumps(scalars, sort_keys=True)
+    return task, json.dumps(scalars, sort_keys=True)
 
 
-def record(attack: str, doc: Mapping[str, Any], finding: Finding) -> None:
-    """Notes a finding under the attack's name and the document's own fields."""
-    _findings[_place(attack, doc)] = finding
+def record(task: str, doc: Mapping[str, Any], clean_answer: str) -> None:
+    """Notes the undefended model's answer to a clean sample, under the task's name and the document's own fields."""
+    _clean_answers[_place(task, doc)] = clean_answer
 
 
-def look_up(attack: str, doc: Mapping[str, Any]) -> Finding:
-    """The finding of a document. Raises SmoothGuardError where it was never attacked in this run."""
+def clean_answer(task: str, doc: Mapping[str, Any]) -> str:
+    """What was noted of a document. Raises SmoothGuardError where it was never attacked in this run."""
     try:
-        return _findings[_place(attack, doc)]
+        return _clean_answers[_place(task, doc)]
     except KeyError:
         raise SmoothGuardError(
             f"sample {doc.get('question_id', '?')!r} has no record of an attack: its answer did not come through a "

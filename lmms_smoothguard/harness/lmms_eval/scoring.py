@@ -24,12 +24,12 @@ def same_answer(answer: str, right: str) -> bool:
 
 def attack_scores(task: str, doc: Any, answer: str, is_right: Callable[[str], bool]) -> dict[str, Any]:
     """The per-sample part of every attack metric. Raises SmoothGuardError for a sample that was never attacked."""
-    finding = ledger.look_up(task, doc)
+    clean = ledger.clean_answer(task, doc)
     outcome = {
         "question_id": doc["question_id"],
-        "clean_right": is_right(finding.clean_answer),
+        "clean_right": is_right(clean),
         "right": is_right(answer),
-        "clean_answer": finding.clean_answer,
+        "clean_answer": clean,
         "answer": answer,
     }
     return dict.fromkeys(ATTACK_METRICS, outcome)

@@ -24,7 +24,7 @@ from PIL import Image
 import hf_integration
 from lmms_smoothguard.aggregation.verdict import normalize_answer
 from lmms_smoothguard.attacks.cache import AttackCache, Entry
-from lmms_smoothguard.attacks.craft import Crafter, Job, model_fingerprint, reference_answer
+from lmms_smoothguard.attacks.craft import Crafter, Job, reference_answer
 from lmms_smoothguard.attacks.objective import answer_ids
 from lmms_smoothguard.defenses.request import SmoothGuardOutput
 from lmms_smoothguard.errors import AttackError, ConfigError, UndefendableError
@@ -67,7 +67,6 @@ class SmoothGuardMixin:
             hf_integration.attach(model, processor)
         defense = self._sg_options.defense
         model.generation_config.smoothguard = None if defense is None else defense.to_dict()
-        self._sg_fingerprint: str | None = None
 
     def _sg_model(self) -> Any:
         model = getattr(self, "model", None) or getattr(self, "_model", None)
@@ -153,7 +152,8 @@ class SmoothGuardMixin:
             raise AttackError(
                 f"{type(self).__name__} shows no processor; expected one to carry gradients to the pixels"
             )
-        cache = AttackCache(self._sg_options.attack_cache)
+        model, cache = self._sg_model(), AttackCache(self._sg_options.attack_cache)
+        crafter = Crafter(model, image_processor, cache, self._sg_options.defense, self._sg_options.attack_batch_size)
         tokenizer = getattr(processor, "tokenizer", None) or getattr(self, "tokenizer", None)
         jobs, plains = [], []
         for request, attack in tqdm(todo, desc="clean answers", unit="sample", disable=getattr(self, "rank", 0) != 0):
@@ -162,12 +162,10 @@ class SmoothGuardMixin:
                 raise AttackError(
                     f"{request.task_name}[{request.doc_id}] has no image to attack; expected an image task"
                 )
-            plain = self._sg_plain(request, cache)
+            with recorded(model, crafter.fingerprint, cache) as plain:
+                plain.text, _, _ = self._sg_base(request)
             plains.append(plain)
             jobs.append(_job(attack, document_of(self, request), tuple(images), plain, tokenizer))
-        crafter = Crafter(
-            self._sg_model(), image_processor, cache, self._sg_options.defense, self._sg_options.attack_batch_size
-        )
         entries = crafter.craft(jobs)
         return {
             id(request): self._sg_attacked(request, attack, plain, entry)
@@ -183,22 +181,13 @@ class SmoothGuardMixin:
             "attack_seconds": entry.record["seconds"],
             "clean_answer": plain.text,
         }
-        ledger.record(request.task_name, document_of(self, request), ledger.Finding(plain.text, info))
+        ledger.record(request.task_name, document_of(self, request), plain.text)
         pictures = [Image.fromarray(image) for image in entry.images]
         return dataclasses.replace(
             request,
             arguments=with_images(self, request, pictures),
             metadata={**request.metadata, "_smoothguard": info},
         )
-
-    def _sg_plain(self, request: Instance, cache: AttackCache) -> PlainPass:
-        """The undefended answer to the clean request, and the inputs that the wrapper's ordinary path made of it."""
-        model = self._sg_model()
-        if self._sg_fingerprint is None:
-            self._sg_fingerprint = model_fingerprint(model)
-        with recorded(model, self._sg_fingerprint, cache) as plain:
-            plain.text, _, _ = self._sg_base(request)
-        return plain
 
 
 def _job(attack: TaskAttack, doc: Any, images: tuple[Image.Image, ...], plain: PlainPass, tokenizer: Any) -> Job:
