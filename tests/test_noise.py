@@ -156,3 +156,11 @@ def test_images_padded_to_the_largest_of_a_batch_keep_their_noise():
     noisy = source(find_images(together, config)).copy(1)
     assert torch.equal(noisy[0, :, :8, :8], source(find_images(alone, config)).copy(1)[0])
     assert not noisy[0, :, 8:].any()
+
+
+def test_different_images_get_different_noise():
+    """Else one fixed pattern would be added to every image of a size, which an attacker could learn."""
+    values = torch.zeros(2, 3, 8, 8)
+    values[1] = 0.5
+    noise = source(chw(values, (0, 1))).copy(1) - values
+    assert not torch.allclose(noise[0], noise[1], atol=1e-3)

@@ -446,3 +446,19 @@ def test_observers_of_equal_content_are_told_apart(llava, batch):
         model.generate(**batch(0), max_new_tokens=4, smoothguard=True)
     assert outer.calls == 1
     assert len(outer.verdicts) == 1
+
+
+def test_in_a_batch_each_row_gets_its_own_chosen_copy(llava, batch, monkeypatch):
+    """Poisoned clean copies, so that what is chosen is not copy 0, whose rows happen to come first."""
+    from lmms_smoothguard.defenses import smoothguard as method
+
+    model, processor = llava
+    inputs, others = (batch(*rows, question="Describe the image.") for rows in ((0, 1, 2), (3, 4, 5)))
+    honest = method._copy
+    monkeypatch.setattr(method, "_copy", lambda n, i, k, c: others["pixel_values"] if k == 0 else honest(n, i, k, c))
+    config = PIXEL | {"sigma": 0.02}
+    out = model.generate(**inputs, max_new_tokens=32, smoothguard=config, return_dict_in_generate=True)
+    prompt = inputs["input_ids"].shape[1]
+    for row, verdict in enumerate(out.smoothguard):
+        assert verdict.chosen > 0
+        assert processor.decode(out.sequences[row, prompt:], skip_special_tokens=True) == verdict.texts[verdict.chosen]
