@@ -20,6 +20,7 @@ from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.utils import GenerationMixin
 
 from lmms_smoothguard import plugins
+from lmms_smoothguard.choice import Choice, choose
 from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.defenses.request import Defended, Request, SmoothGuardOutput
 from lmms_smoothguard.errors import UndefendableError
@@ -59,9 +60,10 @@ def _attachments(model: Any) -> tuple[Any, Any]:
 
 @dataclass(eq=False)
 class Observation:
-    """What happened to the defended calls of one thread: their verdicts, and the first error one of them raised."""
+    """What happened to one thread's calls: how many were defended, their verdicts (one list a call, one entry a row;
+    empty for a defence that gives none), and the first error one of them raised."""
 
-    calls: int = 0
+    defended: int = 0
     verdicts: list[list[SmoothGuardOutput]] = field(default_factory=list)
     error: BaseException | None = None
 
@@ -94,11 +96,11 @@ def _watchers() -> list[Observation]:
 # -- the override -----------------------------------------------------------------------------------------------------
 
 
-def _config_of(model: Any, arguments: dict[str, Any]) -> SmoothGuardConfig | None:
-    """The config in force, taken out of the arguments: the call's own over its generation config's over the model's."""
-    base = SmoothGuardConfig.parse(_configured(model, arguments.get("generation_config")))
+def _choice_of(model: Any, arguments: dict[str, Any]) -> Choice | None:
+    """The defence in force, taken out of the arguments: the call's own over its generation config's over the model's."""
+    base = choose(_configured(model, arguments.get("generation_config")))
     own = arguments.pop("smoothguard", _UNSET)
-    return base if own is _UNSET or own is None else SmoothGuardConfig.parse(own, base)
+    return base if own is _UNSET or own is None else choose(own, base)
 
 
 def _configured(model: Any, generation_config: Any) -> Any:
@@ -128,11 +130,9 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)  # a copy of a defended request, or super().generate()
         handled.append(self)
         try:
-            for watcher in _watchers():
-                watcher.calls += 1
             arguments = _bind(signature, self, args, kwargs)
-            config = _config_of(self, arguments)
-            if config is None:
+            choice = _choice_of(self, arguments)
+            if choice is None:
                 kwargs.pop("smoothguard", None)
                 return original(self, *args, **kwargs)
             tokenizer, image_processor = _attachments(self)
@@ -144,12 +144,14 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
                 image_processor,
             )
             handled.append(_DEFENDING)
-            defended: Defended | None = plugins.load("defenses", "smoothguard")(request, config)
+            with plugins.blame("defenses", choice.name):
+                defended = _defend(request, choice)
             if defended is None:
                 handled.pop()  # no copies are answered, so a model called inside is on its own
                 kwargs.pop("smoothguard", None)
                 return original(self, *args, **kwargs)
             for watcher in _watchers():
+                watcher.defended += 1
                 watcher.verdicts.append(defended.verdicts)
             return defended.output
         except BaseException as error:
@@ -163,11 +165,22 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
     return generate
 
 
+def _defend(request: Request, choice: Choice) -> Defended | None:
+    defended = plugins.load("defenses", choice.name).defend(request, choice.config)
+    if defended is None and request.images() is not None:
+        raise UndefendableError(f"defence {choice.name!r} did nothing with a request that has images; it is refused")
+    if defended is not None and not isinstance(defended, Defended):
+        raise UndefendableError(
+            f"defence {choice.name!r} returned a {type(defended).__name__}; expected lmms_smoothguard.defenses.Defended"
+        )
+    return defended
+
+
 def _refusing(original: Callable[..., Any], name: str) -> Callable[..., Any]:
     @functools.wraps(original)
     def bypass(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = kwargs.get("generation_config", next((a for a in args if isinstance(a, GenerationConfig)), None))
-        if SmoothGuardConfig.parse(_configured(self, given)) is not None:
+        if choose(_configured(self, given)) is not None:
             raise UndefendableError(
                 f"{name}() bypasses generate() and with it SmoothGuard, which the generation config asks for; "
                 "use generate(), or set generation_config.smoothguard = False"
@@ -188,7 +201,7 @@ def _adjusting(original: Callable[..., Any]) -> Callable[..., Any]:
 
             def generate(*call: Any, **options: Any) -> Any:
                 asked = options.pop("smoothguard", _configured(self, options.get("generation_config")))
-                if SmoothGuardConfig.parse(asked) is not None:
+                if choose(asked) is not None:
                     raise UndefendableError(
                         "this checkpoint brings generation code of its own, which cannot be defended; load it with "
                         "trust_remote_code=False, or set generation_config.smoothguard = False"
@@ -209,9 +222,9 @@ class _ConfigField:
         return config.__dict__.get("smoothguard")
 
     def __set__(self, config: Any, value: Any) -> None:
-        parsed = SmoothGuardConfig.parse(value)
-        if isinstance(value, SmoothGuardConfig):
-            value = value.to_dict()
+        parsed = choose(value)
+        if isinstance(value, SmoothGuardConfig | Choice) and parsed is not None:
+            value = parsed.to_dict()
         config.__dict__["smoothguard"] = dict(value) if isinstance(value, Mapping) else value
         if parsed is not None:
             # A config derived from the model's is derived anew on reload, which would lose the entry.

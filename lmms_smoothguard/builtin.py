@@ -7,7 +7,7 @@ from lmms_smoothguard.hookspecs import hookimpl
 
 @hookimpl
 def smoothguard_defenses() -> dict[str, str]:
-    return {"smoothguard": "lmms_smoothguard.defenses.smoothguard:defend"}
+    return {"smoothguard": "lmms_smoothguard.defenses.smoothguard:DEFENSE"}
 
 
 @hookimpl

@@ -4,41 +4,49 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lmms_smoothguard import plugins
 from lmms_smoothguard.errors import ConfigError, did_you_mean
 
+LEVELS = ("answer", "token")
 NOISE_SPACES = ("normalized", "pixel")
 _LARGEST_SIGMA = {"normalized": 20.0, "pixel": 5.0}  # beyond this no picture is left in any sense
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SmoothGuardConfig:
-    """SmoothGuard at answer level (arXiv 2510.26830, section 3).
+    """SmoothGuard (arXiv 2510.26830, section 3), at answer level as published or at token level.
 
+    level: "answer" (N whole answers, clustered) or "token" (the N copies decode in lock-step, each next token is agreed
+        on: one sequence, which can be streamed as it arises).
     num_samples: N, the copies of a request that are answered.
     include_clean: whether copy 0 is the unperturbed input.
     sigma: standard deviation of the noise, in units of `noise_space`: "normalized" (the model's input tensor, as
         published) or "pixel" ([0, 1] intensities, clipped to that range).
     embedder, aggregator: registered names; an embedder may also be a sentence-transformers id or a directory.
+    early_stop: "off", "exact" (no further copies once they cannot change the answer) or an error rate such as 0.01: the
+        largest probability that the answer is not the one all N copies would have given.
     seed: base seed of the noise; None draws fresh entropy for every request. Serve strangers with None: public noise
         is a fixed function that an attacker can optimise against.
     max_copies_per_batch: None = all at once, fewer after an out-of-memory error.
     """
 
+    level: str = "answer"
     num_samples: int = 10
     include_clean: bool = True
     sigma: float = 0.1
     noise_space: str = "normalized"
     embedder: str = "lexical"
     aggregator: str = "kmeans"
+    early_stop: str | float = "off"
     seed: int | None = 0
     max_copies_per_batch: int | None = None
 
     def __post_init__(self) -> None:
+        if self.level not in LEVELS:
+            raise ConfigError(f"level is {self.level!r}; {did_you_mean(str(self.level), LEVELS)}")
         _integer("num_samples", self.num_samples, at_least=1)
         _boolean("include_clean", self.include_clean)
         if self.noise_space not in NOISE_SPACES:
@@ -55,48 +63,29 @@ class SmoothGuardConfig:
         _registered("aggregators", self.aggregator)
         if not isinstance(self.embedder, str) or not _is_model_path(self.embedder):
             _registered("embedders", self.embedder, "sentence-transformers/<id>", "a directory")
+        _early_stop(self.early_stop)
         if self.seed is not None:
             _integer("seed", self.seed, at_least=0)
         if self.max_copies_per_batch is not None:
             _integer("max_copies_per_batch", self.max_copies_per_batch, at_least=1)
+        if self.level == "token":
+            self._check_token_level()
+
+    def _check_token_level(self) -> None:
+        if self.early_stop != "off":
+            raise ConfigError(
+                f"early_stop is {self.early_stop!r}; at level 'token' all copies are needed, expected 'off'"
+            )
+        if self.max_copies_per_batch is not None and self.max_copies_per_batch < self.num_samples:
+            raise ConfigError(
+                f"max_copies_per_batch is {self.max_copies_per_batch}; at level 'token' all {self.num_samples} copies decode "
+                "together. Expected null, or fewer num_samples."
+            )
 
     @classmethod
     def paper(cls) -> SmoothGuardConfig:
         """The published setting: N = 10 with the clean copy, sigma 0.1 in normalised space, RoBERTa-base, k-means."""
         return cls(embedder="roberta-base")
-
-    @classmethod
-    def parse(cls, value: Any, base: SmoothGuardConfig | None = None) -> SmoothGuardConfig | None:
-        """A config from what users write: None / False (off), True, a mapping of fields, or a config.
-
-        A mapping may also hold `defense`, which must be "smoothguard" (or "none": off); its fields replace those of
-        `base`. Raises ConfigError for an unknown field or an impossible value.
-        """
-        if value is None or value is False:
-            return None
-        if value is True:
-            return base or cls()
-        if isinstance(value, cls):
-            return value
-        if not isinstance(value, Mapping):
-            raise ConfigError(
-                f"smoothguard is {value!r}; expected True, False, a dict such as {{'sigma': 0.1}} or a SmoothGuardConfig"
-            )
-        fields = dict(value)
-        defense = fields.pop("defense", "smoothguard")
-        if defense in (None, "none"):
-            return None
-        if defense != "smoothguard":
-            raise ConfigError(f"unknown defence {defense!r}; {did_you_mean(str(defense), ('none', 'smoothguard'))}")
-        known = {field.name for field in dataclasses.fields(cls)}
-        for name in fields:
-            if name not in known:
-                raise ConfigError(f"unknown smoothguard field {name!r}; {did_you_mean(str(name), known)}")
-        return dataclasses.replace(base or cls(), **fields)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields and the defence's name, ready for JSON."""
-        return {"defense": "smoothguard", **dataclasses.asdict(self)}
 
 
 def parse_scalar(text: Any) -> Any:
@@ -117,6 +106,15 @@ def parse_scalar(text: Any) -> Any:
         return float(numerator) / float(denominator) if slash else float(lowered)
     except (ValueError, ZeroDivisionError):
         return text.strip()
+
+
+def _early_stop(value: Any) -> None:
+    if value in ("off", "exact") and isinstance(value, str):
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 0.5:
+        raise ConfigError(
+            f"early_stop is {value!r}; expected 'off', 'exact' or an error rate between 0 and 0.5, such as 0.01"
+        )
 
 
 def _registered(kind: plugins.Kind, name: Any, *others: str) -> None:

@@ -20,7 +20,7 @@ class Specs:
 
     @hookspec
     def smoothguard_defenses(self) -> Mapping[str, str]:  # type: ignore[empty-body]
-        """Functions `(request: lmms_smoothguard.defenses.Request, config) -> lmms_smoothguard.defenses.Defended`."""
+        """Instances of `lmms_smoothguard.defenses.Defense`: a config dataclass and a function `(request, config)`."""
 
     @hookspec
     def smoothguard_attacks(self) -> Mapping[str, str]:  # type: ignore[empty-body]

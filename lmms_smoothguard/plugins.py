@@ -6,11 +6,12 @@ so the entry points are loaded one by one here.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import pluggy
@@ -97,10 +98,23 @@ def load(kind: Kind, name: str, manager: pluggy.PluginManager | None = None) -> 
     module, _, attribute = known[name].target.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
         raise ConfigError(
-            f"{SINGULAR[kind]} {name!r} of {known[name].owner} cannot be loaded from {known[name].target}: {error}"
+            f"{SINGULAR[kind]} {name!r} of {known[name].owner} cannot be loaded from {known[name].target}: "
+            f"{type(error).__name__}: {error}"
         ) from error
+
+
+@contextlib.contextmanager
+def blame(kind: Kind, name: str) -> Iterator[None]:
+    """Notes on whatever is raised inside whose code it was, where that is not ours."""
+    try:
+        yield
+    except Exception as error:
+        owner = offers(kind)[name].owner if name in offers(kind) else PROJECT
+        if owner != PROJECT:
+            error.add_note(f"raised by {SINGULAR[kind]} {name!r} of {owner}")
+        raise
 
 
 SINGULAR = {

@@ -7,6 +7,7 @@ import pytest
 
 from lmms_smoothguard import SmoothGuardConfig
 from lmms_smoothguard.attacks.settings import AttackSettings
+from lmms_smoothguard.choice import Choice, choose
 from lmms_smoothguard.config import parse_scalar
 from lmms_smoothguard.errors import ConfigError
 
@@ -19,17 +20,18 @@ def test_paper_setting_is_the_published_one():
 
 def test_survives_json():
     config = SmoothGuardConfig(sigma=0.2, noise_space="pixel", seed=None)
-    assert SmoothGuardConfig.parse(json.loads(json.dumps(config.to_dict()))) == config
+    choice = Choice("smoothguard", config)
+    assert choose(json.loads(json.dumps(choice.to_dict()))) == choice
 
 
 @pytest.mark.parametrize("off", [None, False, {"defense": "none"}])
 def test_off(off):
-    assert SmoothGuardConfig.parse(off) is None
+    assert choose(off) is None
 
 
 def test_fields_replace_those_of_the_base():
-    merged = SmoothGuardConfig.parse({"sigma": 0.3}, SmoothGuardConfig(num_samples=4))
-    assert merged == SmoothGuardConfig(num_samples=4, sigma=0.3)
+    merged = choose({"sigma": 0.3}, choose(SmoothGuardConfig(num_samples=4)))
+    assert merged == ("smoothguard", SmoothGuardConfig(num_samples=4, sigma=0.3))
 
 
 @pytest.mark.parametrize(
@@ -53,17 +55,23 @@ def test_fields_replace_those_of_the_base():
         ({"embedder": "lexcal"}, "did you mean 'lexical'"),
         ({"embedder": None}, "unknown embedder None"),
         ({"aggregator": "k-means"}, "did you mean 'kmeans'"),
+        ({"level": "tokens"}, "did you mean 'token'"),
+        ({"early_stop": "exakt"}, "'exakt'"),
+        ({"early_stop": 0.5}, "between 0 and 0.5"),
+        ({"early_stop": True}, "True"),
+        ({"level": "token", "early_stop": "exact"}, "expected 'off'"),
+        ({"level": "token", "max_copies_per_batch": 3}, "all 10 copies decode"),
         ({"defense": "smoothgard"}, "did you mean 'smoothguard'"),
     ],
 )
 def test_bad_values_are_named(fields, hint):
     with pytest.raises(ConfigError, match=hint.replace("(", r"\(")):
-        SmoothGuardConfig.parse(fields)
+        choose(fields)
 
 
 def test_not_a_description_at_all():
     with pytest.raises(ConfigError, match="expected True, False, a dict"):
-        SmoothGuardConfig.parse("yes")
+        choose("yes")
 
 
 @pytest.mark.parametrize(

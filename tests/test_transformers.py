@@ -8,6 +8,7 @@ import torch
 
 import hf_integration
 from lmms_smoothguard import SmoothGuardConfig
+from lmms_smoothguard.choice import choose
 from lmms_smoothguard.errors import ConfigError, UndefendableError
 
 PIXEL = {"sigma": 0.2, "noise_space": "pixel"}
@@ -226,7 +227,7 @@ def test_survives_save_and_load(llava, tmp_path):
     model.generation_config.smoothguard = SmoothGuardConfig(sigma=0.15)
     model.save_pretrained(tmp_path)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    assert SmoothGuardConfig.parse(again.generation_config.smoothguard) == SmoothGuardConfig(sigma=0.15)
+    assert choose(again.generation_config.smoothguard) == choose(SmoothGuardConfig(sigma=0.15))
     derived = GenerationConfig.from_model_config(model.config)
     derived.smoothguard = {"sigma": 0.15}
     derived.save_pretrained(tmp_path / "alone")
@@ -368,7 +369,7 @@ def test_observation_counts_calls_and_keeps_errors(llava, batch):
         model.generate(**batch(0), max_new_tokens=4, smoothguard=True)
         with pytest.raises(UndefendableError):
             model.generate(**batch(0), max_new_tokens=4, smoothguard=True, num_return_sequences=2, num_beams=2)
-    assert seen.calls == 3
+    assert seen.defended == 1
     assert len(seen.verdicts) == 1
     assert isinstance(seen.error, UndefendableError)
 
@@ -444,7 +445,7 @@ def test_observers_of_equal_content_are_told_apart(llava, batch):
         with hf_integration.observe():
             pass
         model.generate(**batch(0), max_new_tokens=4, smoothguard=True)
-    assert outer.calls == 1
+    assert outer.defended == 1
     assert len(outer.verdicts) == 1
 
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from lmms_smoothguard.defenses.request import Defended, Request, SmoothGuardOutput
+from lmms_smoothguard.defenses.request import Defended, Defense, Request, SmoothGuardOutput
 
-__all__ = ["Defended", "Request", "SmoothGuardOutput"]
+__all__ = ["Defended", "Defense", "Request", "SmoothGuardOutput"]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lmms_smoothguard.errors import UndefendableError
+from lmms_smoothguard.inputs.media import Images, find_images
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,21 @@ class SmoothGuardOutput:
 
 
 class Defended(NamedTuple):
-    """`output`: what the caller of `generate` gets; `verdicts`: one a user row."""
+    """`output`: what the caller of `generate` gets; `verdicts`: one a user row, or none for a defence without a vote."""
 
     output: Any
     verdicts: list[SmoothGuardOutput]
+
+
+class Defense(NamedTuple):
+    """What the hook `smoothguard_defenses` names.
+
+    config: a frozen dataclass, the defence's settings with defaults; defend: (request, config) -> Defended, or None for a
+    request with nothing to defend. It may raise UndefendableError, and must rather than answer undefended.
+    """
+
+    config: type[Any]
+    defend: Callable[[Request, Any], Defended | None]
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,10 @@ class Request:
     arguments: Mapping[str, Any]
     tokenizer: Any = None
     image_processor: Any = None
+
+    def images(self) -> Images | None:
+        """The request's images and where they lie; None for text alone. Raises UndefendableError for other media."""
+        return find_images(self.arguments, self.model.config)
 
     def setting(self, name: str, default: Any = None) -> Any:
         """What a generation setting will be: the call's, else its generation config's, else the model's."""

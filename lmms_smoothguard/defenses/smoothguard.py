@@ -1,28 +1,26 @@
-"""SmoothGuard at answer level (arXiv 2510.26830): N noisy copies, N answers, cluster, take the majority."""
+"""SmoothGuard (arXiv 2510.26830): N noisy copies, N answers, cluster, take the majority; or a majority at every token."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from lmms_smoothguard.aggregation.embedders import EmbedderContext, load_embedder
-from lmms_smoothguard.aggregation.verdict import aggregate
+from lmms_smoothguard.aggregation.verdict import aggregate, normalize_answer
 from lmms_smoothguard.config import SmoothGuardConfig
-from lmms_smoothguard.defenses.request import Defended, Request, SmoothGuardOutput
+from lmms_smoothguard.defenses.replies import Replies
+from lmms_smoothguard.defenses.request import Defended, Defense, Request, SmoothGuardOutput
+from lmms_smoothguard.defenses.stopping import Decides, fewest_more, stop_rule, stopping_point
+from lmms_smoothguard.defenses.streams import FirstRows, RowStreams, row_streams
 from lmms_smoothguard.errors import UndefendableError
-from lmms_smoothguard.inputs.media import Images, find_images
+from lmms_smoothguard.inputs.media import Images
 from lmms_smoothguard.inputs.statistics import pixel_statistics
 from lmms_smoothguard.inputs.tiling import tile
 from lmms_smoothguard.noise import NoiseSource
 
 log = logging.getLogger(__name__)
-
-_PER_STEP = ("scores", "logits")  # outputs that are a tuple of (rows, vocabulary), one a step
-_DROPPED = ("attentions", "decoder_attentions", "cross_attentions", "encoder_attentions", "hidden_states",
-            "decoder_hidden_states", "encoder_hidden_states", "past_key_values", "beam_indices")  # fmt: skip
 
 
 def defend(request: Request, config: SmoothGuardConfig) -> Defended | None:
@@ -30,62 +28,81 @@ def defend(request: Request, config: SmoothGuardConfig) -> Defended | None:
 
     Raises UndefendableError for what cannot be defended, and whatever the model's own generate raises.
     """
-    images = find_images(request.arguments, request.model.config)
+    images = request.images()
     if images is None:
         return None
     request.check_supported()
     rows = request.user_rows()
-    if request.arguments.get("streamer") is not None and rows != 1:
-        raise UndefendableError(f"a streamer takes one row, the request has {rows}; expected a batch of one")
     if not images.slices or rows == 0:
         raise UndefendableError("the batch is empty; expected at least one row and one image")
-    outputs = _answer(request, config, images)
-    sequences = _joined(
-        [output if isinstance(output, torch.Tensor) else output.sequences for output in outputs], request
-    )
-    if sequences.shape[0] != rows * config.num_samples:
-        raise UndefendableError(
-            f"generate returned {sequences.shape[0]} rows for {config.num_samples} copies of {rows}; "
-            "expected one answer a copy, so this model's generate cannot be defended"
-        )
-    prompt = _prompt_length(sequences, request, rows)
-    answers = [_trim(row, request) for row in sequences[:, prompt:].tolist()]
-    verdicts = [_verdict(request, config, answers[row::rows]) for row in range(rows)]
-    picked = [verdict.chosen * rows + row for row, verdict in enumerate(verdicts)]
-    width = max(_length(sequences[index, prompt:].tolist(), request) for index in picked)
-    chosen = sequences[picked, : prompt + width]
-    if request.arguments.get("streamer") is not None:
-        _stream(request.arguments["streamer"], chosen[0], prompt)
-    if isinstance(outputs[0], torch.Tensor):
-        return Defended(chosen, verdicts)
-    return Defended(_dictionary(outputs, chosen, picked, width, request, verdicts), verdicts)
+    streams = row_streams(request.arguments.get("streamer"), rows, request.end_tokens())
+    if config.level == "token":
+        return _by_token(request, config, images, rows, streams)
+    replies, verdicts = _by_answer(request, config, images, rows)
+    output = replies.output([verdict.chosen for verdict in verdicts], verdicts)
+    if streams is not None:  # streaming before the vote would show what the vote may reject
+        streams.replay(output if isinstance(output, torch.Tensor) else output.sequences, replies.prompt)
+    return Defended(output, verdicts)
 
 
-def _answer(request: Request, config: SmoothGuardConfig, images: Images) -> list[Any]:
-    """Runs all copies in as few batches as memory allows, in order."""
+DEFENSE = Defense(SmoothGuardConfig, defend)
+
+
+# -- answer level ------------------------------------------------------------------------------------------------------
+
+
+def _by_answer(
+    request: Request, config: SmoothGuardConfig, images: Images, rows: int
+) -> tuple[Replies, list[SmoothGuardOutput]]:
+    """Runs copies, in as few batches as memory and early stopping allow, until every row is settled."""
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
+    noise = _noise(request, config, images)
+    arguments = {key: value for key, value in request.arguments.items() if key != "streamer"}
+    replies, decides = Replies(request, rows), stop_rule(config.early_stop)
+    largest = config.max_copies_per_batch or config.num_samples
+    while wanted := _next_copies(replies, config.num_samples, decides):
+        numbers = range(replies.copies, replies.copies + min(wanted, largest))
+        try:
+            copies = [_copy(noise, images, number, config) for number in numbers]
+            replies.add(request.generate(**tile(arguments, copies, images.key)), len(numbers))
+        except RuntimeError as error:
+            if len(numbers) == 1 or not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+                raise
+            largest = len(numbers) // 2
+            log.warning("out of memory with %d copies in a batch; going on with %d", len(numbers), largest)
+            clear_device_cache(garbage_collection=True)
+    verdicts = []
+    for row in range(rows):
+        settled = stopping_point(_keys(replies, row), config.num_samples, decides)
+        verdicts.append(_verdict(request, config, replies.candidates(row)[:settled], replies.texts(row)))
+    return replies, verdicts
+
+
+def _next_copies(replies: Replies, total: int, decides: Decides) -> int:
+    """How many copies to answer next; 0 when every row is settled.
+
+    As many as could settle the answer, but never fewer than were answered before: a second or third small batch costs
+    more time than it saves copies.
+    """
+    keys = [_keys(replies, row) for row in range(replies.rows)] if replies.copies else [[]]
+    open_rows = [listed for listed in keys if stopping_point(listed, total, decides) is None]
+    if not open_rows:
+        return 0
+    needed = max(fewest_more(listed, total, decides) for listed in open_rows)
+    return min(total - replies.copies, max(needed, replies.copies))
+
+
+def _keys(replies: Replies, row: int) -> list[str]:
+    """The answers of a row as aggregation compares them."""
+    return [normalize_answer(text) for text in replies.comparable(row)]
+
+
+def _noise(request: Request, config: SmoothGuardConfig, images: Images) -> NoiseSource:
     statistics = None
     if config.noise_space == "pixel":
         statistics = pixel_statistics(request.model, request.image_processor)
-    noise = NoiseSource(images, sigma=config.sigma, statistics=statistics, seed=config.seed)
-    arguments = {key: value for key, value in request.arguments.items() if key != "streamer"}
-    outputs: list[Any] = []
-    done, size = 0, min(config.max_copies_per_batch or config.num_samples, config.num_samples)
-    while done < config.num_samples:
-        numbers = range(done, min(done + size, config.num_samples))
-        try:
-            copies = [_copy(noise, images, number, config) for number in numbers]
-            outputs.append(request.generate(**tile(arguments, copies, images.key)))
-        except RuntimeError as error:
-            if size == 1 or not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
-                raise
-            size = max(1, size // 2)
-            log.warning("out of memory with %d copies in a batch; going on with %d", len(numbers), size)
-            clear_device_cache(garbage_collection=True)
-            continue
-        done += len(numbers)
-    return outputs
+    return NoiseSource(images, sigma=config.sigma, statistics=statistics, seed=config.seed)
 
 
 def _copy(noise: NoiseSource, images: Images, number: int, config: SmoothGuardConfig) -> torch.Tensor:
@@ -95,45 +112,13 @@ def _copy(noise: NoiseSource, images: Images, number: int, config: SmoothGuardCo
     return noise.copy(number + 1)
 
 
-def _joined(parts: Sequence[torch.Tensor], request: Request) -> torch.Tensor:
-    width = max(part.shape[1] for part in parts)
-    ends = request.end_tokens()
-    pad = request.setting("pad_token_id", min(ends) if ends else 0)
-    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=pad) for part in parts])
-
-
-def _prompt_length(sequences: torch.Tensor, request: Request, rows: int) -> int:
-    """Prompt tokens that generate repeats before the answer; 0 where it returns the answer alone."""
-    ids = request.arguments.get("input_ids")
-    if not isinstance(ids, torch.Tensor) or sequences.shape[1] < ids.shape[1]:
-        return 0
-    return ids.shape[1] if torch.equal(sequences[:rows, : ids.shape[1]], ids.to(sequences.device)) else 0
-
-
-def _length(answer: Sequence[int], request: Request) -> int:
-    """Tokens up to and with the first end-of-sequence; trailing padding does not count."""
-    ends = request.end_tokens()
-    # An encoder-decoder's answer opens with a start token that may equal the end token.
-    start = 1 if getattr(request.model.config, "is_encoder_decoder", False) else 0
-    for index in range(start, len(answer)):
-        if answer[index] in ends:
-            return index + 1
-    pad, length = request.setting("pad_token_id"), len(answer)
-    while length and answer[length - 1] == pad:
-        length -= 1
-    return length
-
-
-def _trim(answer: Sequence[int], request: Request) -> tuple[int, ...]:
-    length = _length(answer, request)
-    kept = answer[: length - 1] if length and answer[length - 1] in request.end_tokens() else answer[:length]
-    return tuple(kept)
-
-
-def _verdict(request: Request, config: SmoothGuardConfig, candidates: Sequence[tuple[int, ...]]) -> SmoothGuardOutput:
-    texts = None
-    if request.tokenizer is not None:
-        texts = tuple(request.tokenizer.batch_decode([list(c) for c in candidates], skip_special_tokens=True))
+def _verdict(
+    request: Request,
+    config: SmoothGuardConfig,
+    candidates: Sequence[tuple[int, ...]],
+    texts: Sequence[str] | None,
+) -> SmoothGuardOutput:
+    texts = None if texts is None else tuple(texts[: len(candidates)])
     verdict = aggregate(
         texts if texts is not None else [" ".join(map(str, c)) for c in candidates],
         lambda: load_embedder(EmbedderContext(config.embedder, request.model, request.tokenizer)),
@@ -151,51 +136,46 @@ def _verdict(request: Request, config: SmoothGuardConfig, candidates: Sequence[t
     )  # fmt: skip
 
 
-def _stream(streamer: Any, sequence: torch.Tensor, prompt: int) -> None:
-    """The chosen answer, once it is known: streaming before the vote would show what the vote may reject."""
-    if prompt:
-        streamer.put(sequence[None, :prompt].cpu())
-    for token in sequence[prompt:].cpu():
-        streamer.put(token[None])
-    streamer.end()
+# -- token level -------------------------------------------------------------------------------------------------------
 
 
-def _dictionary(
-    outputs: Sequence[Any],
-    chosen: torch.Tensor,
-    picked: Sequence[int],
-    width: int,
-    request: Request,
-    verdicts: list[SmoothGuardOutput],
-) -> Any:
-    """The caller's ModelOutput with the chosen rows; fields that cannot be cut to them are None."""
-    result = type(outputs[0])(**dict(outputs[0]))
-    result.sequences = chosen
-    starts, total = [], 0
-    for output in outputs:
-        starts.append(total)
-        total += output.sequences.shape[0]
+def _by_token(
+    request: Request, config: SmoothGuardConfig, images: Images, rows: int, streams: RowStreams | None
+) -> Defended:
+    """All copies in lock-step, one sequence a row; `streams` get its tokens as they arise."""
+    from lmms_smoothguard.defenses.consensus import ConsensusProcessor, draw_together
 
-    def home(index: int) -> tuple[Any, int]:
-        part = max(i for i, start in enumerate(starts) if start <= index)
-        return outputs[part], index - starts[part]
+    noise = _noise(request, config, images)
+    agreeing = ConsensusProcessor(config.num_samples, include_clean=config.include_clean)
+    arguments = dict(request.arguments)
+    arguments["logits_processor"] = [*(arguments.get("logits_processor") or []), agreeing]
+    if streams is not None:
+        arguments["streamer"] = FirstRows(streams, rows)
+    if request.setting("do_sample", False):
+        if request.setting("num_beams", 1) > 1 or arguments.get("custom_generate") is not None:
+            raise UndefendableError(
+                "level is 'token' with sampling in beams or a custom_generate; expected plain sampling, greedy decoding or "
+                "beams without sampling, or level='answer'"
+            )
+        arguments["custom_generate"] = draw_together(config.num_samples)
+    copies = [_copy(noise, images, number, config) for number in range(config.num_samples)]
+    replies = Replies(request, rows)
+    replies.add(request.generate(**tile(arguments, copies, images.key)), config.num_samples)
+    votes = torch.stack(agreeing.majorities)[:, :: agreeing.majorities[0].shape[0] // rows]  # (steps, rows, N)
+    verdicts = [_token_verdict(config, replies, row, votes[:, row]) for row in range(rows)]
+    return Defended(replies.output([0] * rows, verdicts), verdicts)
 
-    if result.get("sequences_scores") is not None:
-        result.sequences_scores = torch.stack([out.sequences_scores[row] for out, row in map(home, picked)])
-    single = request.setting("num_beams", 1) == 1
-    for name in _PER_STEP:
-        if result.get(name) is None:
-            continue
-        if not single:
-            result[name] = None
-            continue
-        steps = []
-        for step in range(width):
-            rows = [out[name][min(step, len(out[name]) - 1)][row] for out, row in map(home, picked)]
-            steps.append(torch.stack(rows))
-        result[name] = tuple(steps)
-    for name in _DROPPED:
-        if result.get(name) is not None:
-            result[name] = None
-    result.smoothguard = verdicts
-    return result
+
+def _token_verdict(config: SmoothGuardConfig, replies: Replies, row: int, votes: torch.Tensor) -> SmoothGuardOutput:
+    """votes: (steps, N), who was in the majority. Agreement and suspicion are means over the answer's steps."""
+    answer, texts = replies.candidates(row)[0], replies.texts(row)
+    votes = votes[: max(1, len(answer))]
+    suspicion, suspected = None, False
+    if config.include_clean:
+        apart = votes[:, 1:] != votes[:, :1]
+        suspicion = float(apart.float().mean()) if config.num_samples > 1 else 0.0
+        suspected = bool((~votes[:, 0]).any())
+    return SmoothGuardOutput(
+        (answer,), None if texts is None else (texts[0],), (0,), 0, float(votes.float().mean()), suspicion, suspected,
+        config.num_samples,
+    )  # fmt: skip

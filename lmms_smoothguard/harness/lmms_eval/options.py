@@ -9,10 +9,10 @@ from typing import Any
 
 from lmms_smoothguard.attacks.cache import default_cache_dir
 from lmms_smoothguard.attacks.settings import AttackSettings
-from lmms_smoothguard.config import SmoothGuardConfig, parse_scalar
+from lmms_smoothguard.choice import DEFAULT, Choice, choose, field_names
+from lmms_smoothguard.config import parse_scalar
 from lmms_smoothguard.errors import ConfigError, did_you_mean
 
-_DEFENSE_FIELDS = tuple(field.name for field in dataclasses.fields(SmoothGuardConfig))
 _ATTACK_FIELDS = {f"attack_{f.name}": f.name for f in dataclasses.fields(AttackSettings) if f.name != "name"}
 _TASK_FIELDS = ("label", "target_field")  # in a task's metadata.attack only: names of document fields
 
@@ -30,7 +30,7 @@ class TaskAttack:
 class Options:
     """defense: None = the undefended run of the same wrapper; attack: settings of `--model_args`, over the task's own."""
 
-    defense: SmoothGuardConfig | None
+    defense: Choice | None
     attack: dict[str, Any]
     attack_cache: Path
     attack_batch_size: int
@@ -49,8 +49,10 @@ class Options:
 
 def take_options(kwargs: dict[str, Any]) -> Options:
     """Takes our keys out of a wrapper's keyword arguments. Raises ConfigError for one that is misspelt."""
-    taken = {key: kwargs.pop(key) for key in list(kwargs) if key == "defense" or key in _DEFENSE_FIELDS}
-    defense = SmoothGuardConfig.parse({"defense": "smoothguard"} | {k: parse_scalar(v) for k, v in taken.items()})
+    name = kwargs.pop("defense", DEFAULT)
+    ours = _fields_of(name)
+    taken = {key: parse_scalar(kwargs.pop(key)) for key in list(kwargs) if key in ours}
+    defense = choose({"defense": name, **taken})
     attack: dict[str, Any] = {}
     if "attack" in kwargs:
         attack["name"] = kwargs.pop("attack")
@@ -67,13 +69,18 @@ def take_options(kwargs: dict[str, Any]) -> Options:
     return Options(defense, attack, Path(cache).expanduser() if cache else default_cache_dir() / "attacks", batch_size)
 
 
-def explain_leftover(kwargs: Mapping[str, Any], accepted: Sequence[str]) -> None:
+def _fields_of(defense: Any) -> tuple[str, ...]:
+    """The keys a defence takes from the model's arguments; an undefended run ignores SmoothGuard's."""
+    return field_names(DEFAULT if defense in (None, "none") else defense)
+
+
+def explain_leftover(kwargs: Mapping[str, Any], accepted: Sequence[str], defense: Choice | None) -> None:
     """Refuses a key that neither the wrapper nor we know, with the nearest name of either."""
     for key in kwargs:
         if key not in accepted:
             known = [
                 *accepted,
-                *_DEFENSE_FIELDS,
+                *_fields_of(None if defense is None else defense.name),
                 "defense",
                 "attack",
                 "attack_cache",

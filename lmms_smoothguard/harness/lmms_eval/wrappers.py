@@ -26,7 +26,6 @@ from lmms_smoothguard.aggregation.verdict import normalize_answer
 from lmms_smoothguard.attacks.cache import AttackCache, Entry
 from lmms_smoothguard.attacks.craft import Crafter, Job, reference_answer
 from lmms_smoothguard.attacks.objective import answer_ids
-from lmms_smoothguard.defenses.request import SmoothGuardOutput
 from lmms_smoothguard.errors import AttackError, ConfigError, UndefendableError
 from lmms_smoothguard.harness.lmms_eval import ledger
 from lmms_smoothguard.harness.lmms_eval.instances import document_of, images_of, with_images
@@ -53,7 +52,7 @@ class SmoothGuardMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._sg_options = take_options(kwargs)
         base_init = _parameters(type(self))
-        explain_leftover(kwargs, [*base_init, "batch_size", "max_batch_size", "device"])
+        explain_leftover(kwargs, [*base_init, "batch_size", "max_batch_size", "device"], self._sg_options.defense)
         if not torch.cuda.is_available():  # upstream's defaults, "cuda" and "", do not work on a CPU
             if "device" in base_init:
                 kwargs["device"] = "cpu" if str(kwargs.get("device") or "cuda").startswith("cuda") else kwargs["device"]
@@ -112,13 +111,12 @@ class SmoothGuardMixin:
         text, counts, seen = self._sg_base(request)
         info["seconds"] = time.perf_counter() - started
         if self._sg_options.defense is not None:
-            verdicts = [verdict for call in seen.verdicts for verdict in call]
-            if not verdicts and images_of(self, request):
+            if not seen.defended and images_of(self, request):
                 raise UndefendableError(
                     f"{type(self).__name__} answered {request.task_name}[{request.doc_id}] without a defended generate(); "
                     "this wrapper bypasses it, so its answers would be undefended"
                 )
-            info |= _summary(verdicts)
+            info |= _summary(seen)
         return GenerationResult(text=text, token_counts=SampleCounts(info, counts))
 
     def _sg_base(self, request: Instance) -> tuple[str, TokenCounts | None, hf_integration.Observation]:
@@ -153,7 +151,8 @@ class SmoothGuardMixin:
                 f"{type(self).__name__} shows no processor; expected one to carry gradients to the pixels"
             )
         model, cache = self._sg_model(), AttackCache(self._sg_options.attack_cache)
-        crafter = Crafter(model, image_processor, cache, self._sg_options.defense, self._sg_options.attack_batch_size)
+        defense = getattr(self._sg_options.defense, "config", None)
+        crafter = Crafter(model, image_processor, cache, defense, self._sg_options.attack_batch_size)
         tokenizer = getattr(processor, "tokenizer", None) or getattr(self, "tokenizer", None)
         jobs, plains = [], []
         for request, attack in tqdm(todo, desc="clean answers", unit="sample", disable=getattr(self, "rank", 0) != 0):
@@ -206,16 +205,18 @@ def _job(attack: TaskAttack, doc: Any, images: tuple[Image.Image, ...], plain: P
     return Job(settings, images, plain.inputs, tuple(answer))
 
 
-def _summary(verdicts: Sequence[SmoothGuardOutput]) -> dict[str, Any]:
-    """What the samples log says of a defended answer; text-only requests have no verdict."""
+def _summary(seen: hf_integration.Observation) -> dict[str, Any]:
+    """What the samples log says of an answer: whether it was defended (text alone is not), and the vote if there was one."""
+    verdicts = [verdict for call in seen.verdicts for verdict in call]
     if not verdicts:
-        return {"defended": False}
+        return {"defended": seen.defended > 0}
     last = verdicts[-1]
     return {
         "defended": True,
         "agreement": last.agreement,
         "suspicion": last.suspicion,
         "suspected": last.suspected,
+        "num_samples_used": last.num_samples_used,
         "candidates": list(last.texts if last.texts is not None else map(str, last.candidates)),
         "labels": list(last.labels),
         "warnings": list(last.warnings),
