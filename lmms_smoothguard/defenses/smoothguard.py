@@ -143,10 +143,10 @@ def _by_token(
     request: Request, config: SmoothGuardConfig, images: Images, rows: int, streams: RowStreams | None
 ) -> Defended:
     """All copies in lock-step, one sequence a row; `streams` get its tokens as they arise."""
-    from lmms_smoothguard.defenses.consensus import ConsensusProcessor, draw_together
+    from lmms_smoothguard.defenses.consensus import SmoothGuardLogitsProcessor, draw_together
 
     noise = _noise(request, config, images)
-    agreeing = ConsensusProcessor(config.num_samples, include_clean=config.include_clean)
+    agreeing = SmoothGuardLogitsProcessor(config.num_samples, include_clean=config.include_clean)
     arguments = dict(request.arguments)
     arguments["logits_processor"] = [*(arguments.get("logits_processor") or []), agreeing]
     if streams is not None:
