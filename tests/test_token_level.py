@@ -185,6 +185,21 @@ def test_sampling_in_beams_is_refused(llava, batch):
         generate(model, batch(0), do_sample=True, num_beams=2)
 
 
+def test_a_generate_that_ignores_the_processor_is_refused(llava, batch, monkeypatch):
+    """Its first row would be the clean copy's own answer."""
+    from lmms_smoothguard.defenses import Request
+
+    model, _ = llava
+    honest = Request.__init__
+
+    def deaf(self, model, generate, arguments, *rest):
+        honest(self, model, lambda logits_processor=None, **kwargs: generate(**kwargs), arguments, *rest)
+
+    monkeypatch.setattr(Request, "__init__", deaf)
+    with pytest.raises(UndefendableError, match="does not follow its logits_processor"):
+        generate(model, batch(0))
+
+
 # -- the processor by itself -------------------------------------------------------------------------------------------
 
 
