@@ -54,9 +54,11 @@ class Length:
 
 @dataclass(frozen=True)
 class Answer:
-    """`ids`: the answer's tokens, without padding and end-of-sequence; `verdict`: SmoothGuard's, None for others."""
+    """`ids`: the answer's tokens, without padding and end-of-sequence; `candidates`: those of every copy's answer;
+    `verdict`: SmoothGuard's own."""
 
     ids: tuple[int, ...]
+    candidates: tuple[tuple[int, ...], ...] = ()
     verdict: SmoothGuardOutput | None = None
 
 
@@ -92,7 +94,8 @@ def answer(
         return Answer(_answer_ids(subject, inputs, sequences))
     config = {**SETTING, **_FIELDS[variant], "sigma": sigma}
     out = subject.model.generate(**arguments, smoothguard=config, return_dict_in_generate=True)
-    return Answer(_answer_ids(subject, inputs, out.sequences), out.smoothguard[0])
+    verdict = out.smoothguard[0]
+    return Answer(_answer_ids(subject, inputs, out.sequences), verdict.candidates, verdict)
 
 
 def naive_loop(subject: Subject, inputs: Mapping[str, torch.Tensor], length: Length, sigma: float = SIGMA) -> Answer:
@@ -118,7 +121,8 @@ def naive_loop(subject: Subject, inputs: Mapping[str, torch.Tensor], length: Len
         sequences = subject.model.generate(**{**inputs, images.key: pixels}, **length.arguments(), smoothguard=False)
         answers.append(_answer_ids(subject, inputs, sequences))
         vectors.append(_embedding(subject, answers[-1]))
-    return Answer(answers[1 + _nearest_to_the_majority(np.stack(vectors[1:]))])
+    copies = tuple(answers[1:])
+    return Answer(copies[nearest_to_the_majority(np.stack(vectors[1:]))], copies)
 
 
 def _answer_ids(subject: Subject, inputs: Mapping[str, torch.Tensor], sequences: torch.Tensor) -> tuple[int, ...]:
@@ -137,8 +141,8 @@ def _embedding(subject: Subject, ids: tuple[int, ...]) -> np.ndarray:
     return np.asarray(found.cpu().numpy())
 
 
-def _nearest_to_the_majority(vectors: np.ndarray) -> int:
-    """k-means, k = 2; of the larger cluster the member nearest its centroid by cosine."""
+def nearest_to_the_majority(vectors: np.ndarray) -> int:
+    """(copies, width) -> a copy. k-means, k = 2; of the larger cluster the member nearest its centroid by cosine."""
     from sklearn.cluster import KMeans
 
     with warnings.catch_warnings():
