@@ -1,7 +1,7 @@
 """What a defended answer costs: `make bench`, or
 
-python benchmarks/bench.py run                                      # on the CPU, to benchmarks/results/bench.json
-python benchmarks/bench.py run --device cuda --model llava-1.5-7b   # on a GPU, to benchmarks/results/bench_llava-1.5-7b_cuda.json
+python benchmarks/bench.py                                                 # on the CPU: results/bench.json
+python benchmarks/bench.py --device cuda --model llava-1.5-7b --rounds 5   # on a GPU: results/bench_cuda.json
 
 All variants run in turn in one process (timing/paired.py); peak memory and the parts of an answer's time are measured in
 passes of their own.
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 RATIOS = ((AGAIN, PLAIN), (OURS, PLAIN), (EXACT, PLAIN), (TOKEN, PLAIN), (NAIVE, OURS), (NAIVE, PLAIN))
 
-app = typer.Typer(help="What a defended answer costs.", no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(pretty_exceptions_enable=False)
 Threads = Annotated[int | None, typer.Option(min=1, help="torch's threads; by default as many as torch takes.")]
 
 
@@ -46,6 +46,17 @@ class Case(NamedTuple):
     length: Length
     compared: Sequence[str] = (PLAIN, AGAIN, OURS, EXACT, TOKEN, NAIVE)
     sigma: float = variants.SIGMA
+
+
+class Plan(NamedTuple):
+    """How everything is measured."""
+
+    device: str = "cpu"
+    rounds: int = 20
+    warmup: int = 2
+    instrumented: int = 6
+    seed: int = 0
+    threads: int | None = None
 
 
 def cases(model: str) -> list[Case]:
@@ -59,20 +70,27 @@ def cases(model: str) -> list[Case]:
     return [*forced, Case(subjects.QUESTIONS, own), Case(subjects.CAPTIONS, own)]
 
 
-@app.command()
+@app.callback(invoke_without_command=True)
 def run(
+    context: typer.Context,
     model: Annotated[list[str] | None, typer.Option(help="embedded, random-9m, llava-1.5-7b; may be repeated.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of every row.")] = 20,
+    warmup: Annotated[int, typer.Option(min=0, help="Rounds before those, which do not count.")] = 2,
     instrumented_rounds: Annotated[int, typer.Option(min=1, help="Rounds of the pass that times parts.")] = 6,
     seed: Annotated[int, typer.Option(min=0, help="Of the order within rounds.")] = 0,
     threads: Threads = None,
-    out: Annotated[Path | None, typer.Option(help="Result file; by default under benchmarks/results.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Result file; by default benchmarks/results/bench.json, or bench_cuda.json.")
+    ] = None,
 ) -> None:
-    """Measure and write the result file."""
+    """Measure what a defended answer costs and write the result file; leave the machine alone meanwhile."""
+    if context.invoked_subcommand:
+        return
     if threads is not None:
         torch.set_num_threads(threads)
     names = model or ["embedded", "random-9m"]
+    target = out or RESULTS / ("bench_cuda.json" if device.startswith("cuda") else "bench.json")
     started, load = time.perf_counter(), os.getloadavg()[0]
     result: dict[str, Any] = {
         "name": "bench",
@@ -82,14 +100,15 @@ def run(
         "seed": seed,
         "models": {},
         "rows": [],
-        "notes": [],
+        "notes": ["a forced length suppresses the end-of-sequence token: texts run on, and copies come apart there"],
     }
     for name in names:
         subject = subjects.load(name, device)
         result["models"][name] = subject.facts()
         print(f"{name}: {result['models'][name]}", flush=True)
         for case in cases(name):
-            row = measure(subject, case, device, rounds, instrumented_rounds, seed, threads)
+            plan = Plan(device, rounds, warmup, instrumented_rounds, seed, threads)
+            row = measure(subject, case, plan)
             result["notes"] += [note for note in row.pop("notes") if note not in result["notes"]]
             result["rows"].append({"model": name, **row})
         del subject
@@ -99,29 +118,28 @@ def run(
         "load_before": round(load, 2),  # of other programs: a busy machine shows here
         "seconds": round(time.perf_counter() - started),
     }
-    target = out or RESULTS / (f"bench_{'_'.join(names)}_{device.replace(':', '')}.json" if model else "bench.json")
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(result, indent=1) + "\n")
     print(markdown(result))
-    print(f"\nwritten to {target}; notes: {result['notes'] or 'none'}")
+    print(f"\nwritten to {target}; notes: {result['notes']}")
 
 
-def measure(
-    subject: subjects.Subject, case: Case, device: str, rounds: int, instrumented: int, seed: int, threads: int | None
-) -> dict[str, Any]:
+def measure(subject: subjects.Subject, case: Case, plan: Plan) -> dict[str, Any]:
     """Every figure of one row of the table, ready for JSON."""
     compared, notes = variants.available(case.compared)
-    asked = subjects.requests(subject, rounds, case.kind)
+    asked = subjects.requests(subject, plan.rounds, case.kind)
 
     def task(variant: str) -> Any:
         return lambda number: variants.answer(subject, asked[number], variant, case.length, case.sigma)
 
-    timed = run_paired({variant: task(variant) for variant in compared}, rounds, seed=seed, device=device)
+    tasks = {variant: task(variant) for variant in compared}
+    timed = run_paired(tasks, plan.rounds, warmup=plan.warmup, seed=plan.seed, device=plan.device)
     row: dict[str, Any] = {
         "requests": case.kind,
         "new_tokens": case.length.tokens,
         "forced": case.length.forced,
         "sigma": case.sigma,
-        "rounds": rounds,
+        "rounds": plan.rounds,
         "seconds": {variant: median(taken).to_dict() for variant, taken in timed.seconds.items()},
         "ratios": {
             f"{above} : {below}": ratio(timed.seconds[above], timed.seconds[below]).to_dict()
@@ -137,14 +155,14 @@ def measure(
     defended = [variant for variant in (PLAIN, OURS, EXACT, TOKEN) if variant in compared]
     if case.length.forced and case.sigma:
         row["parts"] = {
-            variant: parts.measure(subject.model, device, min(instrumented, rounds), task(variant))
+            variant: parts.measure(subject.model, plan.device, min(plan.instrumented, plan.rounds), tasks[variant])
             for variant in defended
         }
     if case.length.forced and case.sigma and case.length.tokens > 1:
         streamed = [variant for variant in defended if variant != EXACT]
-        row["first_token_seconds"] = _first_tokens(subject, asked, streamed, case.length, seed, device)
+        row["first_token_seconds"] = _first_tokens(subject, asked, streamed, case.length, plan)
         row["memory"] = {
-            variant: _memory(subject, asked[0], variant, case.length, device, threads)
+            variant: _memory(subject, asked[0], variant, case.length, plan)
             for variant in compared
             if variant in (PLAIN, OURS, EXACT, NAIVE)
         }
@@ -172,7 +190,7 @@ def _same(timed: Rounds) -> float | None:
 
 
 def _first_tokens(
-    subject: subjects.Subject, asked: Sequence[Any], streamed: Sequence[str], length: Length, seed: int, device: str
+    subject: subjects.Subject, asked: Sequence[Any], streamed: Sequence[str], length: Length, plan: Plan
 ) -> dict[str, Any]:
     """Seconds to the first token of each variant, and its ratio to the plain one's."""
 
@@ -188,7 +206,8 @@ def _first_tokens(
         return first
 
     rounds = max(1, len(asked) // 2)
-    found = run_paired({v: task(v) for v in streamed}, rounds, warmup=1, seed=seed, device=device).answered
+    tasks = {variant: task(variant) for variant in streamed}
+    found = run_paired(tasks, rounds, warmup=1, seed=plan.seed, device=plan.device).answered
     intervals: dict[str, Interval] = {variant: median(seconds) for variant, seconds in found.items()}
     return {
         variant: {**interval.to_dict(), "ratio_to_plain": ratio(found[variant], found[PLAIN]).to_dict()}
@@ -196,12 +215,10 @@ def _first_tokens(
     }
 
 
-def _memory(
-    subject: subjects.Subject, inputs: Any, variant: str, length: Length, device: str, threads: int | None
-) -> dict[str, int]:
-    if device.startswith("cuda"):
-        return memory.on_device(device, lambda: variants.answer(subject, inputs, variant, length))
-    return memory.peak_of(variant, subject.name, length, threads)
+def _memory(subject: subjects.Subject, inputs: Any, variant: str, length: Length, plan: Plan) -> dict[str, int]:
+    if plan.device.startswith("cuda"):
+        return memory.on_device(plan.device, lambda: variants.answer(subject, inputs, variant, length))
+    return memory.peak_of(variant, subject.name, length, plan.threads)
 
 
 @app.command("memory", hidden=True)

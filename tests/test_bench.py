@@ -156,7 +156,7 @@ def test_the_path_of_the_7b_model_at_a_small_size(small):
     assert facts["dtype"] == "bfloat16"
     assert facts["image_tokens"] == 16
     assert torch.get_default_dtype() == torch.float32
-    row = bench.measure(small, bench.Case(subjects.MIXED, Length(1)), "cpu", 2, 1, 0, None)
+    row = bench.measure(small, bench.Case(subjects.MIXED, Length(1)), bench.Plan(rounds=2, instrumented=1))
     assert row["copies"][OURS]["num_samples_used"] == 10
     assert set(row["ratios"]) == {f"{above} : {below}" for above, below in bench.RATIOS}
     result = {"models": {small.name: facts}, "rows": [{"model": small.name, **row}]}
