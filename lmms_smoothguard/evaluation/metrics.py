@@ -108,7 +108,9 @@ def detection(
     a clean and an attacked sample with no group in common. Raises ValueError when a list of groups does not fit, or only one of the two is given.
     """
     if (clean_groups is None) != (attacked_groups is None):
-        raise ValueError("groups of one kind of sample only; expected both clean_groups and attacked_groups, or neither")
+        raise ValueError(
+            "groups of one kind of sample only; expected both clean_groups and attacked_groups, or neither"
+        )
     if clean_groups is None or attacked_groups is None:
         clean_groups, attacked_groups = range(len(clean)), range(len(clean), len(clean) + len(attacked))
     if len(clean_groups) != len(clean) or len(attacked_groups) != len(attacked):
