@@ -60,10 +60,20 @@ def demo(
     out: Annotated[Path, typer.Option(help="Directory for the runs' logs and the table.")] = Path("runs/demo"),
     limit: Annotated[int, typer.Option(min=1, help="Questions of every task.")] = 420,
 ) -> None:
-    """Attack and defend the embedded model through lmms-eval: plain and defended, clean and attacked, one table."""
+    """Attack and defend the embedded model through lmms-eval: plain and defended, clean and attacked, a table, a page."""
     from lmms_smoothguard.report.demo import run_demo
 
-    run_demo(out, limit)
+    typer.echo(f"The page with pictures: {run_demo(out, limit)}")
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="What `smoothguard demo --out` has filled.")],
+) -> None:
+    """Write the report page of earlier runs again, from their logs."""
+    from lmms_smoothguard.report.demo import run_report
+
+    typer.echo(f"The page with pictures: {run_report(directory)}")
 
 
 @app.command()

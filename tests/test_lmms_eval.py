@@ -65,6 +65,7 @@ def test_the_whole_way_on_the_command_line(tmp_path):
         assert info["attack"]["eps"] == pytest.approx(4 / 255)
         assert 0 < info["attack_linf"] <= 4 / 255 + 1e-6
         assert info["attack_rendering_gap"] < 1e-3
+        assert info["attack_key"]
         assert info["clean_answer"]
 
 

@@ -33,10 +33,12 @@ def default_cache_dir() -> Path:
 
 
 class Entry(NamedTuple):
-    """`images`: uint8 arrays (height, width, 3), one an image slot; `record`: everything known of how they were made."""
+    """`images`: uint8 arrays (height, width, 3), one an image slot; `record`: everything known of how they were made;
+    `key`: what they are stored under."""
 
     images: tuple[np.ndarray, ...]
     record: dict[str, Any]
+    key: str
 
 
 def content_key(**parts: Any) -> str:
@@ -90,7 +92,7 @@ class AttackCache:
         except (ValueError, KeyError, TypeError, OSError) as error:
             log.warning("the cached attack %s is damaged (%s) and is made again", path, error)
             return None
-        return Entry(tuple(images), record)
+        return Entry(tuple(images), record, key)
 
     def put(self, key: str, images: Sequence[np.ndarray], record: dict[str, Any]) -> Entry:
         """Stores an entry: images first, the record that vouches for them last."""
@@ -102,7 +104,7 @@ class AttackCache:
             _replace(self._image(key, slot), buffer.getvalue())
         full = {**record, "images": digests}
         _replace(self._record(key), json.dumps(full, indent=1).encode())
-        return Entry(tuple(images), full)
+        return Entry(tuple(images), full, key)
 
     def get_answer(self, key: str) -> str | None:
         """An answer stored with `put_answer`."""

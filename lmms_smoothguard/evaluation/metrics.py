@@ -1,9 +1,11 @@
-"""Rates with Wilson 95 % intervals; the three attack rates, never mixed; a detector's AUROC."""
+"""Rates with Wilson 95 % intervals; the three attack rates, never mixed; a detector's AUROC with its interval."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -73,3 +75,97 @@ def detection_auroc(clean: Sequence[float], attacked: Sequence[float]) -> float:
     from sklearn.metrics import roc_auc_score
 
     return float(roc_auc_score([0] * len(clean) + [1] * len(attacked), [*clean, *attacked]))
+
+
+@dataclass(frozen=True)
+class Detection:
+    """A detector's AUROC over `clean` and `attacked` samples, with a 95 % interval over `groups` independent groups."""
+
+    auroc: float
+    low: float
+    high: float
+    clean: int
+    attacked: int
+    groups: int
+    method: str = "DeLong's variance summed over groups (Obuchowski 1997), t interval on the logit"
+
+    def to_dict(self) -> dict[str, float | int | str]:
+        return asdict(self)
+
+
+def detection(
+    clean: Sequence[float],
+    attacked: Sequence[float],
+    clean_groups: Sequence[Hashable] | None = None,
+    attacked_groups: Sequence[Hashable] | None = None,
+) -> Detection:
+    """AUROC of a score (more = attacked) with a 95 % interval.
+
+    `*_groups`: what each sample belongs to, such as its scene. Samples of one group, clean and attacked, may depend on
+    each other; groups may not. Without them every sample is a group of its own. Variance: DeLong et al. (1988), summed
+    over groups as in Obuchowski (1997); interval: Student's t on the logit, so that it stays inside [0, 1]. Where the
+    variance is 0 (perfect separation, one value alone) it is Wilson's interval of as many trials as there are pairs of
+    a clean and an attacked sample with no group in common. Raises ValueError when a list of groups does not fit, or only one of the two is given.
+    """
+    if (clean_groups is None) != (attacked_groups is None):
+        raise ValueError(
+            "groups of one kind of sample only; expected both clean_groups and attacked_groups, or neither"
+        )
+    if clean_groups is None or attacked_groups is None:
+        clean_groups, attacked_groups = range(len(clean)), range(len(clean), len(clean) + len(attacked))
+    if len(clean_groups) != len(clean) or len(attacked_groups) != len(attacked):
+        raise ValueError(
+            f"{len(clean_groups)} and {len(attacked_groups)} groups for {len(clean)} clean and {len(attacked)} attacked "
+            "samples; expected one for each"
+        )
+    numbers = {group: number for number, group in enumerate(dict.fromkeys([*clean_groups, *attacked_groups]))}
+    value = detection_auroc(clean, attacked)
+    if not clean or not attacked:
+        return Detection(value, value, value, len(clean), len(attacked), len(numbers))
+    # Each sample's share in AUROC's deviation; those of one group add up before they are squared.
+    parts = np.zeros(len(numbers))
+    for groups, shares in zip((clean_groups, attacked_groups), _placements(clean, attacked), strict=True):
+        np.add.at(parts, [numbers[group] for group in groups], (shares - value) / len(shares))
+    low, high = _logit_interval(value, parts)
+    if np.isclose(parts, 0, atol=1e-12).all():
+        pairs = max(1, min(len(set(clean_groups)), len(set(attacked_groups)), len(numbers) // 2))
+        low, high = Rate(round(value * pairs), pairs).interval
+    return Detection(value, low, high, len(clean), len(attacked), len(numbers))
+
+
+def _placements(clean: Sequence[float], attacked: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """DeLong's components: of each clean sample, the share of attacked ones above it; of each attacked one, the share of
+    clean ones below it. A tie counts half."""
+    from scipy.stats import rankdata
+
+    together, count = rankdata([*clean, *attacked]), len(clean)
+    below_clean = together[:count] - rankdata(clean)
+    below_attacked = together[count:] - rankdata(attacked)
+    return 1 - below_clean / len(attacked), below_attacked / count
+
+
+def _logit_interval(value: float, parts: np.ndarray) -> tuple[float, float]:
+    from scipy.special import expit, logit
+    from scipy.stats import t
+
+    groups = len(parts)
+    if groups < 2 or not 0 < value < 1:
+        return 0.0, 1.0
+    variance = float(parts @ parts) * groups / (groups - 1)
+    half = t.ppf(0.975, groups - 1) * variance**0.5 / (value * (1 - value))
+    return float(expit(logit(value) - half)), float(expit(logit(value) + half))
+
+
+def roc_points(clean: Sequence[float], attacked: Sequence[float]) -> list[tuple[float, float, float]]:
+    """(threshold, false alarms among clean, found among attacked), one for every value that occurs, from (0, 0) to (1, 1).
+
+    Raises ValueError where one kind is missing.
+    """
+    if not clean or not attacked:
+        raise ValueError(f"{len(clean)} clean and {len(attacked)} attacked samples; expected at least one of each")
+    from sklearn.metrics import roc_curve
+
+    false, true, thresholds = roc_curve(
+        [0] * len(clean) + [1] * len(attacked), [*clean, *attacked], drop_intermediate=False
+    )
+    return [(float(h), float(f), float(t)) for h, f, t in zip(thresholds, false, true, strict=True)]

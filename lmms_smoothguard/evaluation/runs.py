@@ -13,12 +13,13 @@ from lmms_smoothguard.errors import SmoothGuardError
 
 @dataclass(frozen=True)
 class Sample:
-    """One answered sample: its question, the right answer, the answer given, and what our wrapper logged of it."""
+    """One answered sample: the right answer, the answer given, what our wrapper logged of it, and the text asked."""
 
     question_id: str
     target: str
     answer: str
     info: dict[str, Any]
+    question: str = ""
 
 
 def load_samples(directory: Path, task: str) -> list[Sample]:
@@ -47,4 +48,5 @@ def _sample(row: dict[str, Any]) -> Sample:
         str(row["target"]),
         response[0] if isinstance(response, list) else response,
         infos[0] or {},
+        str(row.get("input", "")),
     )

@@ -1,7 +1,8 @@
-"""`smoothguard demo` and `smoothguard results`: the main job, and the rest of the README's table."""
+"""`smoothguard demo`, `report` and `results`: the main job, its page, and the rest of the README's table."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Sequence
@@ -9,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lmms_smoothguard.errors import SmoothGuardError
-from lmms_smoothguard.report.experiments import ATTACKED, Experiment, environment, run
+from lmms_smoothguard.evaluation.runs import load_samples
+from lmms_smoothguard.report.experiments import ATTACKED, Experiment, environment, run, summarize
+from lmms_smoothguard.report.page import write_page
 from lmms_smoothguard.report.tables import print_table
 from lmms_smoothguard.tiny.model import MODEL_DIR
 
@@ -42,16 +45,37 @@ REST = (
 )  # fmt: skip
 
 
-def run_demo(out: Path, limit: int) -> list[dict[str, Any]]:
-    """Runs the demo's two experiments and prints the table; figures go to `out/demo.json`."""
+def run_demo(out: Path, limit: int) -> Path:
+    """Runs the demo's two experiments and prints the table; figures go to `out/demo.json`, the page to the path returned."""
     rows = []
     for experiment in DEMO:
         chosen = Experiment(experiment.name, experiment.model_args, experiment.tasks, limit, experiment.about)
         rows.append(_run(chosen, out))
     out.mkdir(parents=True, exist_ok=True)
-    (out / "demo.json").write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    figures: dict[str, Any] = {"environment": environment(), "rows": rows}
+    (out / "demo.json").write_text(json.dumps(figures, indent=1) + "\n")
+    page = write_page(out, rows, figures["environment"])
     print_table(rows)
-    return rows
+    return page
+
+
+def run_report(directory: Path) -> Path:
+    """Writes the page of earlier runs again, from their logs alone, and returns its path.
+
+    The table has every experiment whose logs are there. Raises SmoothGuardError unless both of the demo's are.
+    """
+    if missing := [e.name for e in DEMO if not any((directory / e.name).rglob(f"*_samples_{ATTACKED}.jsonl"))]:
+        raise SmoothGuardError(
+            f"{directory} has no run named {' and none named '.join(missing)}; expected a directory that "
+            f"`smoothguard demo --out {directory}` has filled"
+        )
+    rows = []
+    for experiment in (*DEMO, *REST):
+        if any((directory / experiment.name).rglob("*_samples_*.jsonl")):
+            count = len(load_samples(directory / experiment.name, experiment.tasks[-1]))
+            rows.append(summarize(dataclasses.replace(experiment, limit=count), directory / experiment.name))
+    stored = directory / "demo.json"  # the machine that ran it, which need not be this one
+    return write_page(directory, rows, json.loads(stored.read_text())["environment"] if stored.exists() else {})
 
 
 def run_results(out: Path, results: Path, only: Sequence[str] = ()) -> None:

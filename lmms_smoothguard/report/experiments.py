@@ -16,8 +16,9 @@ from typing import Any
 
 from lmms_smoothguard.aggregation.verdict import normalize_answer
 from lmms_smoothguard.errors import SmoothGuardError
-from lmms_smoothguard.evaluation.metrics import attack_success_rate, detection_auroc, rate, recovery
+from lmms_smoothguard.evaluation.metrics import attack_success_rate, detection, rate, recovery
 from lmms_smoothguard.evaluation.runs import Sample, load_samples
+from lmms_smoothguard.report.documents import scenes_of
 
 CLEAN, ATTACKED = "shapes_pope", "shapes_pope_pgd"
 
@@ -63,14 +64,10 @@ def summarize(experiment: Experiment, directory: Path) -> dict[str, Any]:
     """The figures of one run, ready for JSON."""
     samples = {task: load_samples(directory, task) for task in experiment.tasks}
     figures: dict[str, Any] = {task: _task_figures(task, listed) for task, listed in samples.items()}
-    suspicion = {
-        task: [s.info["suspicion"] for s in listed if s.info.get("suspicion") is not None]
-        for task, listed in samples.items()
-    }
     for task in experiment.tasks:
         clean = task.removesuffix("_pgd")
-        if clean != task and suspicion.get(clean) and suspicion[task]:
-            figures[task]["suspicion_auroc"] = detection_auroc(suspicion[clean], suspicion[task])
+        if clean != task and clean in samples and samples[task][0].info.get("suspicion") is not None:
+            figures[task]["detection"] = _detection(clean, samples[clean], samples[task])
     return {
         "name": experiment.name,
         "about": experiment.about,
@@ -79,12 +76,25 @@ def summarize(experiment: Experiment, directory: Path) -> dict[str, Any]:
     }
 
 
-def _task_figures(task: str, samples: Sequence[Sample]) -> dict[str, Any]:
-    def right(sample: Sample, answer: str) -> bool:
-        return normalize_answer(answer) == normalize_answer(sample.target)
+def is_right(sample: Sample, answer: str) -> bool:
+    """Whether `answer` is the sample's right answer."""
+    return normalize_answer(answer) == normalize_answer(sample.target)
 
+
+def _detection(task: str, clean: Sequence[Sample], attacked: Sequence[Sample]) -> dict[str, Any]:
+    """Suspicion as a detector; questions about one scene depend on each other, so scenes are what counts."""
+    found = detection(
+        [sample.info["suspicion"] for sample in clean],
+        [sample.info["suspicion"] for sample in attacked],
+        scenes_of(task, clean),
+        scenes_of(task, attacked),
+    )
+    return found.to_dict()
+
+
+def _task_figures(task: str, samples: Sequence[Sample]) -> dict[str, Any]:
     figures: dict[str, Any] = {
-        "accuracy": rate(right(s, s.answer) for s in samples).to_dict(),
+        "accuracy": rate(is_right(s, s.answer) for s in samples).to_dict(),
         "seconds_per_answer": fmean(s.info["seconds"] for s in samples),
     }
     if "agreement" in samples[0].info:
@@ -93,7 +103,8 @@ def _task_figures(task: str, samples: Sequence[Sample]) -> dict[str, Any]:
     if "clean_answer" in samples[0].info:
         clean = [s.info["clean_answer"] for s in samples]
         outcome = attack_success_rate(
-            [right(s, text) for s, text in zip(samples, clean, strict=True)], [right(s, s.answer) for s in samples]
+            [is_right(s, text) for s, text in zip(samples, clean, strict=True)],
+            [is_right(s, s.answer) for s in samples],
         )
         figures["asr"] = outcome.to_dict()
         figures["recovery"] = recovery(clean, [s.answer for s in samples]).to_dict()

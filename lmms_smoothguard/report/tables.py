@@ -7,7 +7,7 @@ from typing import Any
 
 from lmms_smoothguard.report.experiments import CLEAN
 
-_HEADINGS = (
+HEADINGS = (
     "defence",
     "attack",
     "n",
@@ -26,8 +26,8 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(title="The embedded model under attack", caption="ASR and accuracy with Wilson 95 % intervals")
-    for heading in _HEADINGS:
-        table.add_column(heading, justify="left" if heading in _HEADINGS[:2] else "right")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading in HEADINGS[:2] else "right")
     for cells in table_rows(rows):
         table.add_row(*cells)
     console = Console()
@@ -88,5 +88,5 @@ def _percent(value: dict[str, float]) -> str:
 
 def markdown_table(rows: Sequence[dict[str, Any]], baseline: dict[str, Any] | None = None) -> str:
     """The same table in Markdown."""
-    lines = [_HEADINGS, ("---",) * len(_HEADINGS), *table_rows(rows, baseline)]
+    lines = [HEADINGS, ("---",) * len(HEADINGS), *table_rows(rows, baseline)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

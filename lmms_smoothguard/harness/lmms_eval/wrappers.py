@@ -172,6 +172,7 @@ class SmoothGuardMixin:
     def _sg_attacked(self, request: Instance, attack: TaskAttack, plain: PlainPass, entry: Entry) -> Instance:
         info = {
             "attack": entry.record["attack"],
+            "attack_key": entry.key,
             "attack_linf": entry.record["linf"],
             "attack_l2": entry.record["l2"],
             "attack_rendering_gap": entry.record["rendering_gap"],
