@@ -22,8 +22,11 @@ GROUPS = {
     "demo": [experiment.name for experiment in DEMO],
     "standard": ["published", "one_noisy_copy", "n20", "n20_noisy_only", "plain_eps2", "smoothguard_eps2", "plain_eps8", "smoothguard_eps8"],
     "adaptive": ["smoothguard_eot40", "smoothguard_eot100"],
+    "levels": ["smoothguard", "token", "early_exact", "early_rate", "caption_smoothguard", "caption_token", "caption_early_exact", "faint_smoothguard", "faint_token"],
     "utility": ["faint_plain", "faint_smoothguard", "caption_plain", "caption_smoothguard"],
 }  # fmt: skip
+
+BASELINES = ("plain", "faint_plain", "caption_plain")
 
 
 def stored(name: str) -> dict[str, Any]:
@@ -35,10 +38,23 @@ def stored(name: str) -> dict[str, Any]:
 def filled(text: str) -> str:
     """The README with every `<!-- table NAME -->` block made anew."""
     for group, names in GROUPS.items():
-        table = markdown_table([stored(name) for name in names], baseline=stored("plain"))
+        table = markdown_table([stored(name) for name in names], [stored(name) for name in BASELINES])
         text = _with_block(text, group, table)
+    text = _with_block(text, "precision", _precision(stored("precision")["flips"]))
     measured = [name for name in ("bench", "bench_cuda") if (RESULTS / f"{name}.json").exists()]
     return _with_block(text, "bench", costs(*map(stored, measured))) if measured else text
+
+
+def _precision(flips: dict[str, Any]) -> str:
+    def percent(rate: dict[str, float]) -> str:
+        return f"{100 * rate['value']:.1f} % ({100 * rate['low']:.1f}-{100 * rate['high']:.1f})"
+
+    lines = ["| answers changed | plain | single copies | defended |", "| --- | --- | --- | --- |"]
+    for name, rates in flips.items():
+        lines.append(
+            f"| {name} | {percent(rates['plain'])} | {percent(rates['copies'])} | {percent(rates['defended'])} |"
+        )
+    return "\n".join(lines)
 
 
 def _with_block(text: str, group: str, table: str) -> str:

@@ -99,6 +99,7 @@ def _task_figures(task: str, samples: Sequence[Sample]) -> dict[str, Any]:
     }
     if "agreement" in samples[0].info:
         figures["agreement"] = fmean(s.info["agreement"] for s in samples)
+        figures["copies"] = fmean(s.info["num_samples_used"] for s in samples)
         figures["suspected"] = rate(s.info["suspected"] for s in samples).to_dict()
     if "clean_answer" in samples[0].info:
         clean = [s.info["clean_answer"] for s in samples]

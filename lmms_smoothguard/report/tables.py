@@ -15,6 +15,7 @@ HEADINGS = (
     "accuracy under attack",
     "ASR",
     "agreement",
+    "copies",
     "s / answer",
     "x plain",
 )
@@ -34,10 +35,12 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     Console(width=max(console.width, 150)).print(table)
 
 
-def table_rows(rows: Sequence[dict[str, Any]], baseline: dict[str, Any] | None = None) -> list[tuple[str, ...]]:
-    """The cells of the table, one row an experiment; times are compared with `baseline`, else with the row `plain`."""
-    baseline = baseline or next((row for row in rows if row["name"] == "plain"), None)
-    plain = None if baseline is None else _seconds(baseline)
+def table_rows(rows: Sequence[dict[str, Any]], baselines: Sequence[dict[str, Any]] = ()) -> list[tuple[str, ...]]:
+    """The cells of the table, one row an experiment. Times are compared with the undefended row of the same questions, from
+    `baselines` or among the rows themselves."""
+    plain = {_task_note(row): _seconds(row) for row in (*rows, *baselines) if "defense=none" in row["command"]}
+    if (first := next((row for row in (*baselines, *rows) if row["name"] == "plain"), None)) is not None:
+        plain[_task_note(first)] = _seconds(first)  # not the one at another budget
     cells: list[tuple[str, ...]] = []
     for row in rows:
         clean = next((row["figures"][t] for t in row["figures"] if not t.endswith("_pgd")), None)
@@ -51,8 +54,9 @@ def table_rows(rows: Sequence[dict[str, Any]], baseline: dict[str, Any] | None =
             "-" if attacked is None else _percent(attacked["accuracy"]),
             "-" if attacked is None else _percent(attacked["asr"]),
             f"{either['agreement']:.2f}" if "agreement" in either else "-",
+            " / ".join(f"{figures['copies']:.3g}" for figures in (clean, attacked) if figures and "copies" in figures) or "-",
             f"{_seconds(row):.3f}",
-            f"{_seconds(row) / plain:.1f}" if plain and _task_note(row) == "" else "-",
+            f"{_seconds(row) / plain[_task_note(row)]:.1f}" if _task_note(row) in plain else "-",
         ))  # fmt: skip
     return cells
 
@@ -86,7 +90,7 @@ def _percent(value: dict[str, float]) -> str:
     return f"{100 * value['value']:.1f} % ({100 * value['low']:.1f}-{100 * value['high']:.1f})"
 
 
-def markdown_table(rows: Sequence[dict[str, Any]], baseline: dict[str, Any] | None = None) -> str:
+def markdown_table(rows: Sequence[dict[str, Any]], baselines: Sequence[dict[str, Any]] = ()) -> str:
     """The same table in Markdown."""
-    lines = [HEADINGS, ("---",) * len(HEADINGS), *table_rows(rows, baseline)]
+    lines = [HEADINGS, ("---",) * len(HEADINGS), *table_rows(rows, baselines)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
