@@ -125,7 +125,7 @@ def _verdict(
         config.aggregator,
         clean_first=config.include_clean,
     )
-    warnings = verdict.warnings
+    warnings = request.misfits() + verdict.warnings
     if texts is None and len(set(candidates)) > 2:
         warnings += (
             "no tokenizer is known, so answers were compared as token ids; hf_integration.attach() mends that",
@@ -162,11 +162,13 @@ def _by_token(
     replies = Replies(request, rows)
     replies.add(request.generate(**tile(arguments, copies, images.key)), config.num_samples)
     votes = torch.stack(agreeing.majorities)[:, :: agreeing.majorities[0].shape[0] // rows]  # (steps, rows, N)
-    verdicts = [_token_verdict(config, replies, row, votes[:, row]) for row in range(rows)]
+    verdicts = [_token_verdict(request, config, replies, row, votes[:, row]) for row in range(rows)]
     return Defended(replies.output([0] * rows, verdicts), verdicts)
 
 
-def _token_verdict(config: SmoothGuardConfig, replies: Replies, row: int, votes: torch.Tensor) -> SmoothGuardOutput:
+def _token_verdict(
+    request: Request, config: SmoothGuardConfig, replies: Replies, row: int, votes: torch.Tensor
+) -> SmoothGuardOutput:
     """votes: (steps, N), who was in the majority. Agreement and suspicion are means over the answer's steps."""
     answer, texts = replies.candidates(row)[0], replies.texts(row)
     votes = votes[: max(1, len(answer))]
@@ -177,5 +179,5 @@ def _token_verdict(config: SmoothGuardConfig, replies: Replies, row: int, votes:
         suspected = bool((~votes[:, 0]).any())
     return SmoothGuardOutput(
         (answer,), None if texts is None else (texts[0],), (0,), 0, float(votes.float().mean()), suspicion, suspected,
-        config.num_samples,
+        config.num_samples, request.misfits(),
     )  # fmt: skip

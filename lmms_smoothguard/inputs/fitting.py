@@ -1,0 +1,78 @@
+"""Whether a processor is the model's own: what a model's config, its directory and its tokenizer tell, and no more.
+
+What would give wrong pixels is an error where it is found (`media`, `statistics`, `noise`). Here is what only looks
+wrong: a tokenizer with more tokens than the model, an image processor of another class than the directory names.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_NAMES = ("processor_config.json", "preprocessor_config.json")
+
+
+def channels_of(config: Any) -> int | None:
+    """The colour channels that a model's vision tower takes, where its config says."""
+    vision = getattr(config, "vision_config", None)
+    for name in ("num_channels", "in_channels", "in_chans"):
+        value = getattr(vision, name, None)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    return None
+
+
+def misfits(model: Any, tokenizer: Any = None, image_processor: Any = None) -> tuple[str, ...]:
+    """One sentence for everything that speaks against these being the model's own; empty where nothing does.
+
+    They are warnings: a model's own tokenizer may have had tokens added, and its own image processor been replaced.
+    """
+    found = (_tokenizer_misfit(model, tokenizer), _image_processor_misfit(model, image_processor))
+    return tuple(sentence for sentence in found if sentence is not None)
+
+
+def _tokenizer_misfit(model: Any, tokenizer: Any) -> str | None:
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    known = getattr(embeddings, "num_embeddings", None)
+    if known is None or not hasattr(tokenizer, "__len__") or len(tokenizer) <= known:
+        return None
+    return (
+        f"the tokenizer has {len(tokenizer)} tokens and the model {known}; expected at most as many. If it is not the "
+        "model's, answers are compared as other words than were said: hf_integration.attach(model, its own processor)"
+    )
+
+
+def _image_processor_misfit(model: Any, image_processor: Any) -> str | None:
+    where = getattr(model, "name_or_path", "")
+    expected = _declared(where) if image_processor is not None and where else None
+    if expected is None or _family(expected) == _family(type(image_processor).__name__):
+        return None
+    return (
+        f"the image processor is a {type(image_processor).__name__}, the model's directory names {expected}; if it is not "
+        "what the pixels went through, noise in pixel units has the wrong size: hf_integration.attach(model, its own)"
+    )
+
+
+def _family(name: str) -> str:
+    """The class without its backend: CLIPImageProcessor, CLIPImageProcessorFast and CLIPImageProcessorPil are one."""
+    return re.sub(r"(Fast|Pil|Torchvision)$", "", name.replace("FeatureExtractor", "ImageProcessor"))
+
+
+@functools.cache
+def _declared(directory: str) -> str | None:
+    """The image processor class that a local model directory names."""
+    for name in _NAMES:
+        try:
+            settings = json.loads((Path(directory) / name).read_text())
+        except (OSError, ValueError):
+            continue
+        nested = settings.get("image_processor")
+        for holder in (nested if isinstance(nested, Mapping) else {}, settings):
+            declared = holder.get("image_processor_type") or holder.get("feature_extractor_type")
+            if isinstance(declared, str):
+                return declared
+    return None
