@@ -11,6 +11,7 @@ import torch
 from lmms_smoothguard.attacks.base import Pictures
 from lmms_smoothguard.attacks.rendering import Renderer
 from lmms_smoothguard.errors import AttackError
+from lmms_smoothguard.inputs.fitting import is_encoder_decoder
 from lmms_smoothguard.inputs.tiling import tile
 
 Perturb = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
@@ -52,12 +53,6 @@ _TOKEN_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] =
 """(batch, tokens, vocabulary) logits and (batch, tokens) labels -> (batch, tokens), larger is better for the attacker."""
 
 
-def is_encoder_decoder(model: Any) -> bool:
-    """Whether the answer is written by a decoder of its own, in the model or in the language model inside."""
-    config = model.config
-    return any(getattr(c, "is_encoder_decoder", False) for c in (config, getattr(config, "text_config", None)))
-
-
 class AnswerLoss:
     """How far the model is from saying one answer a row, meaned over the answer's tokens.
 
@@ -80,7 +75,7 @@ class AnswerLoss:
         draws: int = 1,
         pixel_key: str = "pixel_values",
     ) -> None:
-        if is_encoder_decoder(model):
+        if is_encoder_decoder(model.config):
             raise AttackError(
                 f"{type(model).__name__} is an encoder-decoder; expected a model whose answer follows its prompt. Attacks on "
                 "encoder-decoders are not supported."

@@ -9,6 +9,7 @@ import torch
 
 from lmms_smoothguard.defenses.request import Request, SmoothGuardOutput
 from lmms_smoothguard.errors import UndefendableError
+from lmms_smoothguard.inputs.fitting import is_encoder_decoder
 
 _PER_STEP = ("scores", "logits")  # outputs that are a tuple of (rows, vocabulary), one a step
 _DROPPED = ("attentions", "decoder_attentions", "cross_attentions", "encoder_attentions", "hidden_states",
@@ -116,7 +117,7 @@ class Replies:
     def _length(self, answer: Sequence[int]) -> int:
         """Tokens up to and with the first end-of-sequence; trailing padding does not count."""
         # An encoder-decoder's answer opens with a start token that may equal the end token.
-        start = 1 if getattr(self._request.model.config, "is_encoder_decoder", False) else 0
+        start = 1 if is_encoder_decoder(self._request.model.config) else 0
         for index in range(start, len(answer)):
             if answer[index] in self._ends:
                 return index + 1

@@ -26,6 +26,11 @@ def channels_of(config: Any) -> int | None:
     return None
 
 
+def is_encoder_decoder(config: Any) -> bool:
+    """Whether answers come from a decoder of their own, in the model or in the language model inside it."""
+    return any(getattr(part, "is_encoder_decoder", False) for part in (config, getattr(config, "text_config", None)))
+
+
 def misfits(model: Any, tokenizer: Any = None, image_processor: Any = None) -> tuple[str, ...]:
     """One sentence for everything that speaks against these being the model's own; empty where nothing does.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from tiny_models.architecture import IMAGE_MEAN, IMAGE_STD, SIDE, Architecture
 from tiny_models.llavas import llava, llava_next, llava_onevision
-from tiny_models.others import gemma3, idefics3, instructblip, internvl, mllama, paligemma, smolvlm
+from tiny_models.others import gemma3, idefics3, instructblip, instructblip_t5, internvl, mllama, paligemma, smolvlm
 from tiny_models.qwens import qwen2_5_vl, qwen2_vl, qwen3_vl
 
 ARCHITECTURES = {
@@ -24,9 +24,10 @@ ARCHITECTURES = {
         Architecture("gemma3", gemma3, "<start_of_image>", nested=True),
         Architecture("idefics3", idefics3, "<image>", nested=True),
         Architecture("smolvlm", smolvlm, "<image>", nested=True),
-        Architecture("mllama", mllama, "<|image|>", nested=True),
+        Architecture("mllama", mllama, "<|image|>", nested=True, mixed=False),
         Architecture("paligemma", paligemma, "<image>", template="{images}{text}"),
-        Architecture("instructblip", instructblip, "", template="{images}{text}"),
+        Architecture("instructblip", instructblip, "", several=False, mixed=False, template="{images}{text}"),
+        Architecture("instructblip_t5", instructblip_t5, "", several=False, mixed=False, template="{images}{text}"),
     )
 }
 

@@ -29,12 +29,15 @@ Row = tuple[Sequence[Image.Image], str]
 
 @dataclass(frozen=True)
 class Architecture:
-    """image: what stands for a picture in the prompt; nested: the processor takes a list of pictures a row."""
+    """image: what stands for a picture in the prompt; nested: the processor takes a list of pictures a row; several: a row
+    may have several pictures; mixed: a row without pictures may stand beside rows with some."""
 
     name: str
     build: Callable[[], tuple[Any, Any]]
     image: str
     nested: bool = False
+    several: bool = True
+    mixed: bool = True
     template: str = "<s>USER: {images}\n{text} ASSISTANT:"
 
     def inputs(self, processor: Any, rows: Sequence[Row]) -> dict[str, Any]:

@@ -139,8 +139,7 @@ def paligemma() -> tuple[Any, Any]:
     return finish(lambda: PaliGemmaForConditionalGeneration(config), tok), processor
 
 
-def instructblip() -> tuple[Any, Any]:
-    """A Q-Former that reads the question, in front of an OPT; `generate` is the model's own."""
+def _instructblip(tok: Any, text: dict[str, Any]) -> tuple[Any, Any]:
     from transformers import (
         BlipImageProcessor,
         InstructBlipConfig,
@@ -148,7 +147,6 @@ def instructblip() -> tuple[Any, Any]:
         InstructBlipProcessor,
     )
 
-    tok = tokenizer("<image>")
     processor = InstructBlipProcessor(
         BlipImageProcessor(size=SQUARE, **NORMALISED), tok, tokenizer(), num_query_tokens=4
     )
@@ -158,12 +156,31 @@ def instructblip() -> tuple[Any, Any]:
             "vocab_size": len(tok), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
             "num_attention_heads": 2, "pad_token_id": tok.pad_token_id,
         },
-        text_config={
-            "model_type": "opt", "vocab_size": len(tok), "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "word_embed_proj_dim": 32, "max_position_embeddings": 512,
-            "bos_token_id": tok.bos_token_id, "eos_token_id": tok.eos_token_id, "pad_token_id": tok.pad_token_id,
-        },
+        text_config=text,
         num_query_tokens=4,
         image_token_index=tok.convert_tokens_to_ids("<image>"),
     )  # fmt: skip
-    return finish(lambda: InstructBlipForConditionalGeneration(config), tok, scale=8.0), processor
+    return finish(lambda: InstructBlipForConditionalGeneration(config), tok, scale=12.0), processor
+
+
+def instructblip() -> tuple[Any, Any]:
+    """A Q-Former that reads the question, in front of an OPT; `generate` is the model's own."""
+    tok = tokenizer("<image>")
+    text = {
+        "model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 512,
+        **{k: v for k, v in text_config(tok).items() if k not in ("intermediate_size", "num_key_value_heads")},
+    }  # fmt: skip
+    return _instructblip(tok, text)
+
+
+def instructblip_t5() -> tuple[Any, Any]:
+    """The same in front of an encoder-decoder."""
+    tok = tokenizer("<image>")
+    text = {
+        "model_type": "t5", "vocab_size": len(tok), "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2,
+        "decoder_start_token_id": tok.pad_token_id, "pad_token_id": tok.pad_token_id, "eos_token_id": tok.eos_token_id,
+    }  # fmt: skip
+    model, processor = _instructblip(tok, text)
+    for settings in (model.generation_config, model.language_model.generation_config):
+        settings.decoder_start_token_id = tok.pad_token_id
+    return model, processor
