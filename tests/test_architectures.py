@@ -174,7 +174,7 @@ def test_pixel_noise_has_each_channels_scale_at_the_vision_tower(subject):
     rows = [row_of(grey(112, 112)), row_of(grey(112, 56), text="Describe the image.")]
     seen = seen_by_the_vision_tower(subject, subject.inputs(*rows), sigma=sigma, noise_space="pixel", num_samples=8)
     clean, offset = seen[0], seen[1:] - seen[:1]
-    mean, std = (torch.tensor(value).view(3, 1, 1, 1) for value in subject_statistics(subject))
+    mean, std = (torch.tensor(value).view(3, 1, 1, 1) for value in scale_of(subject))
     painted = ((clean - (128 / 255 - mean) / std).abs() < 1e-3).all(1, keepdim=True)  # no margins, no padding
     assert painted.float().mean() > 0.3
     for channel in range(3):
@@ -186,7 +186,7 @@ def test_pixel_noise_has_each_channels_scale_at_the_vision_tower(subject):
     assert padding.any() == (subject.kind.name == "mllama")  # other models drop such tiles before they encode
 
 
-def subject_statistics(subject):
+def scale_of(subject):
     image_processor = subject.processor.image_processor
     assert list(image_processor.image_std) == IMAGE_STD
     return image_processor.image_mean, image_processor.image_std
@@ -296,25 +296,31 @@ def test_gradients_reach_every_picture_through_the_processor(attacked, pictures)
 
 
 @pytest.mark.parametrize("eot", [0, 2])
-def test_a_crafted_attack_stays_in_its_budget_and_works_through_the_ordinary_path(attacked, pictures, tmp_path, eot):
+def test_crafted_attacks_stay_in_their_budget_and_work_through_the_ordinary_path(attacked, pictures, tmp_path, eot):
     chosen = job_pictures(attacked, pictures)
-    inputs = attacked.inputs(row_of(*chosen))
-    answer = attacked.answer(inputs, min_new_tokens=4)
     settings = AttackSettings(eps=8 / 255, steps=3, eot=eot)
+    jobs = []
+    for text in ("What is it?", "Describe the image."):
+        inputs = attacked.inputs(row_of(*chosen, text=text))
+        jobs.append(Job(settings, chosen, inputs, attacked.answer(inputs, min_new_tokens=4)))
     defense = SmoothGuardConfig(sigma=0.05, noise_space="pixel")
-    crafter = Crafter(attacked.model, attacked.processor, AttackCache(tmp_path), defense)
-    (entry,) = crafter.craft([Job(settings, chosen, inputs, answer)])
-    for made, picture in zip(entry.images, chosen, strict=True):
-        change = np.abs(made.astype(int) - np.asarray(picture).astype(int))
-        assert 0 < change.max() <= 8
-    again = attacked.inputs(row_of(*(Image.fromarray(made) for made in entry.images)))
+    entries = Crafter(attacked.model, attacked.processor, AttackCache(tmp_path / "both"), defense).craft(jobs)
+    for entry, job in zip(entries, jobs, strict=True):
+        for made, picture in zip(entry.images, chosen, strict=True):
+            change = np.abs(made.astype(int) - np.asarray(picture).astype(int))
+            assert 0 < change.max() <= 8
+        text = "What is it?" if job is jobs[0] else "Describe the image."
+        again = attacked.inputs(row_of(*(Image.fromarray(made) for made in entry.images), text=text))
+        assert margin(attacked, again, job) > margin(attacked, job.inputs, job)
+    if not eot:  # a batch of requests is crafted as each is alone
+        alone = Crafter(attacked.model, attacked.processor, AttackCache(tmp_path / "alone"), defense).craft(jobs[1:])
+        assert alone[0].record["objective"][0] == pytest.approx(entries[1].record["objective"][0], abs=1e-3)
+
+
+def margin(subject, inputs, job):
     prompt = {key: value for key, value in inputs.items() if key != "pixel_values"}
     with torch.no_grad():
-        before, after = (
-            float(AnswerLoss(attacked.model, Ordinary(path), [prompt], [answer], kind="margin")(()))
-            for path in (inputs, again)
-        )
-    assert after > before
+        return float(AnswerLoss(subject.model, Ordinary(inputs), [prompt], [job.answer], kind="margin")(()))
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -114,8 +114,10 @@ def lengthened(model: Any, prompt: Mapping[str, Any], answer: Sequence[int]) -> 
     ids = prompt["input_ids"]
     grown = {k: v for k, v in prompt.items() if isinstance(v, torch.Tensor) and k not in ("input_ids", "labels")}
     grown.setdefault("attention_mask", torch.ones_like(ids))
+    grown["cache_position"] = torch.arange(ids.shape[1], device=ids.device)  # older transformers move it along
     for _ in answer:
         grown = model._update_model_kwargs_for_generation(ModelOutput(), grown, is_encoder_decoder=False)
+    grown.pop("cache_position", None)
     tail = torch.tensor([list(answer)], dtype=ids.dtype, device=ids.device)
     return {"input_ids": torch.cat([ids, tail], dim=1), **grown}
 

@@ -128,7 +128,8 @@ def _verdict(
     warnings = request.misfits() + verdict.warnings
     if texts is None and len(set(candidates)) > 2:
         warnings += (
-            "no tokenizer is known, so answers were compared as token ids; hf_integration.attach() mends that",
+            "no tokenizer is known that has all tokens of the answers, so they were compared as token ids; "
+            "hf_integration.attach() mends that",
         )
     return SmoothGuardOutput(
         tuple(candidates), texts, verdict.labels, verdict.chosen, verdict.agreement, verdict.suspicion,

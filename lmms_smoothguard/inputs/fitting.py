@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,14 @@ def misfits(model: Any, tokenizer: Any = None, image_processor: Any = None) -> t
     return tuple(sentence for sentence in found if sentence is not None)
 
 
+def all_known(tokenizer: Any, answers: Iterable[Sequence[int]]) -> bool:
+    """Whether a tokenizer has all these ids. What it does not have it decodes to nothing, and answers that differ in such
+    tokens alone would count as equal."""
+    if not hasattr(tokenizer, "__len__"):
+        return True
+    return max((max(answer, default=0) for answer in answers), default=0) < len(tokenizer)
+
+
 def _tokenizer_misfit(model: Any, tokenizer: Any) -> str | None:
     embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     known = getattr(embeddings, "num_embeddings", None)
@@ -53,13 +62,25 @@ def _tokenizer_misfit(model: Any, tokenizer: Any) -> str | None:
 
 def _image_processor_misfit(model: Any, image_processor: Any) -> str | None:
     where = getattr(model, "name_or_path", "")
-    expected = _declared(where) if image_processor is not None and where else None
-    if expected is None or _family(expected) == _family(type(image_processor).__name__):
-        return None
-    return (
-        f"the image processor is a {type(image_processor).__name__}, the model's directory names {expected}; if it is not "
-        "what the pixels went through, noise in pixel units has the wrong size: hf_integration.attach(model, its own)"
+    declared = _declared(where) if image_processor is not None and where else {}
+    kind, given = type(image_processor).__name__, "image_processor_type"
+    advice = (
+        "if it is not what the pixels went through, noise in pixel units has the wrong size: "
+        "hf_integration.attach(model, its own processor)"
     )
+    if given in declared and _family(declared[given]) != _family(kind):
+        return f"the image processor is a {kind}, the model's directory names {declared[given]}; {advice}"
+    for name in ("image_mean", "image_std"):
+        own, here = _numbers(declared.get(name)), _numbers(getattr(image_processor, name, None))
+        if own and here and not (len(own) == len(here) and all(map(math.isclose, own, here))):
+            return f"the image processor's {name} is {here}, the model's directory says {own}; {advice}"
+    return None
+
+
+def _numbers(value: Any) -> list[float]:
+    if value is None:
+        return []
+    return [float(number) for number in (value if isinstance(value, list | tuple) else [value])]
 
 
 def _family(name: str) -> str:
@@ -68,16 +89,16 @@ def _family(name: str) -> str:
 
 
 @functools.cache
-def _declared(directory: str) -> str | None:
-    """The image processor class that a local model directory names."""
+def _declared(directory: str) -> Mapping[str, Any]:
+    """What a local model directory says of its image processor; empty where it says nothing."""
     for name in _NAMES:
         try:
             settings = json.loads((Path(directory) / name).read_text())
         except (OSError, ValueError):
             continue
         nested = settings.get("image_processor")
-        for holder in (nested if isinstance(nested, Mapping) else {}, settings):
-            declared = holder.get("image_processor_type") or holder.get("feature_extractor_type")
-            if isinstance(declared, str):
-                return declared
-    return None
+        if isinstance(nested, Mapping):
+            return nested
+        if "image_processor_type" in settings:
+            return settings  # type: ignore[no-any-return]
+    return {}

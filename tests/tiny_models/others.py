@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from tiny_models.architecture import NORMALISED, PATCH, SIDE, SQUARE, VISION, finish, text_config, tokenizer
 
 _SPLIT = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
@@ -122,7 +123,12 @@ def mllama() -> tuple[Any, Any]:
 
 def paligemma() -> tuple[Any, Any]:
     """Attention within the whole prompt goes both ways."""
-    from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor, SiglipImageProcessor
+    from transformers import (
+        PaliGemmaConfig,
+        PaliGemmaForConditionalGeneration,
+        PaliGemmaProcessor,
+        SiglipImageProcessor,
+    )
 
     tok = tokenizer("<image>")
     image_processor = SiglipImageProcessor(size=SQUARE, **NORMALISED)
