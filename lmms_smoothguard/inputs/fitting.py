@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 _NAMES = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -78,9 +80,7 @@ def _image_processor_misfit(model: Any, image_processor: Any) -> str | None:
 
 
 def _numbers(value: Any) -> list[float]:
-    if value is None:
-        return []
-    return [float(number) for number in (value if isinstance(value, list | tuple) else [value])]
+    return [] if value is None else np.ravel(value).astype(float).tolist()
 
 
 def _family(name: str) -> str:
