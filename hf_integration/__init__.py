@@ -21,15 +21,18 @@ from lmms_smoothguard import late_import
 if TYPE_CHECKING:
     from hf_integration.override import Observation, attach, observe
     from lmms_smoothguard.config import SmoothGuardConfig
+    from lmms_smoothguard.defenses.consensus import SmoothGuardLogitsProcessor
     from lmms_smoothguard.defenses.request import SmoothGuardOutput
 
-__all__ = ["Observation", "SmoothGuardConfig", "SmoothGuardOutput", "attach", "disable", "enable", "enabled", "observe"]
+__all__ = ["Observation", "SmoothGuardConfig", "SmoothGuardLogitsProcessor", "SmoothGuardOutput", "attach", "disable",
+           "enable", "enabled", "observe"]  # fmt: skip
 
 _HOMES = {
     "Observation": "hf_integration.override",
     "attach": "hf_integration.override",
     "observe": "hf_integration.override",
     "SmoothGuardConfig": "lmms_smoothguard.config",
+    "SmoothGuardLogitsProcessor": "lmms_smoothguard.defenses.consensus",
     "SmoothGuardOutput": "lmms_smoothguard.defenses.request",
 }
 _waiting: object | None = None

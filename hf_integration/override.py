@@ -43,7 +43,20 @@ def attach(model: Any, processor: Any) -> None:
     if image_processor is None and hasattr(processor, "image_mean"):
         image_processor = processor
     tokenizer = getattr(processor, "tokenizer", processor if hasattr(processor, "batch_decode") else None)
-    _attached[model] = (tokenizer, image_processor)
+    for one in _with_wrapped(model):
+        _attached[one] = (tokenizer, image_processor)
+
+
+def _with_wrapped(model: Any) -> Iterator[Any]:
+    """A model and those inside it whose `generate` answers for it: torch.compile's, PEFT's and data-parallel wrappers."""
+    while model is not None:
+        yield model
+        inside = getattr(model, "get_base_model", None)
+        model = (
+            inside()
+            if callable(inside)
+            else model.__dict__.get("_modules", {}).get("_orig_mod", model.__dict__.get("_modules", {}).get("module"))
+        )
 
 
 def _attachments(model: Any) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lmms_smoothguard.errors import SmoothGuardError, did_you_mean
+from lmms_smoothguard.errors import SmoothGuardError, did_you_mean, explain
 
 app = typer.Typer(
     help="SmoothGuard and its kin for multimodal LLMs.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -84,5 +84,5 @@ def main() -> None:
     try:
         app()
     except SmoothGuardError as error:
-        typer.secho(f"smoothguard: {error}", fg="red", err=True)
+        typer.secho(f"smoothguard: {explain(error)}", fg="red", err=True)
         sys.exit(2)

@@ -22,6 +22,12 @@ class AttackError(SmoothGuardError, RuntimeError):
     """An attack that cannot be carried out as asked."""
 
 
+def explain(error: BaseException) -> str:
+    """Type, message and notes in one line; a note says which plugin raised it."""
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    return f"{type(error).__name__}: {error}{notes}"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'? Known: ...`, or only the known names."""
     names = sorted(known)

@@ -37,7 +37,20 @@ def load_embedder(context: EmbedderContext) -> Embed:
         raise ConfigError(
             f"unknown embedder {name!r}; {did_you_mean(name, known)}, sentence-transformers/<id>, or a directory"
         )
-    return plugins.load("embedders", name)(context)
+    with plugins.blame("embedders", name):
+        embed = plugins.load("embedders", name)(context)
+
+    def checked(texts: Sequence[str]) -> np.ndarray:
+        with plugins.blame("embedders", name):
+            vectors = np.asarray(embed(texts), dtype=float)
+            if vectors.ndim != 2 or len(vectors) != len(texts) or not np.isfinite(vectors).all():
+                raise ConfigError(
+                    f"embedder {name!r} gave an array of shape {vectors.shape} for {len(texts)} texts; expected one finite "
+                    "vector a text"
+                )
+        return vectors
+
+    return checked
 
 
 def lexical(context: EmbedderContext) -> Embed:

@@ -66,7 +66,8 @@ def aggregate(
     if 2 * points.weights.max() > len(answers) or len(distinct) <= 2:
         clusters = Clusters(separate, heaviest_group(points, separate))
     else:
-        clusters = pick(points)
+        with plugins.blame("aggregators", aggregator):
+            clusters = pick(points)
     return _verdict(clusters, points, point_of, is_noisy, clean_first)
 
 

@@ -79,7 +79,7 @@ def _majority(gram: torch.Tensor, clean_first: bool, merge_distance: float) -> t
     return torch.where(apart[:, None], winner, torch.ones_like(winner))
 
 
-class ConsensusProcessor(LogitsProcessor):
+class SmoothGuardLogitsProcessor(LogitsProcessor):
     """Replaces the scores of all N copies of a group by the logarithm of what their majority says.
 
     For greedy and beam search on a copy-major batch; sampling would draw for every copy apart, so it needs

@@ -144,10 +144,10 @@ def _by_token(
     request: Request, config: SmoothGuardConfig, images: Images, rows: int, streams: RowStreams | None
 ) -> Defended:
     """All copies in lock-step, one sequence a row; `streams` get its tokens as they arise."""
-    from lmms_smoothguard.defenses.consensus import ConsensusProcessor, draw_together
+    from lmms_smoothguard.defenses.consensus import SmoothGuardLogitsProcessor, draw_together
 
     noise = _noise(request, config, images)
-    agreeing = ConsensusProcessor(config.num_samples, include_clean=config.include_clean)
+    agreeing = SmoothGuardLogitsProcessor(config.num_samples, include_clean=config.include_clean)
     arguments = dict(request.arguments)
     arguments["logits_processor"] = [*(arguments.get("logits_processor") or []), agreeing]
     if streams is not None:
@@ -162,7 +162,13 @@ def _by_token(
     copies = [_copy(noise, images, number, config) for number in range(config.num_samples)]
     replies = Replies(request, rows)
     replies.add(request.generate(**tile(arguments, copies, images.key)), config.num_samples)
-    votes = torch.stack(agreeing.majorities)[:, :: agreeing.majorities[0].shape[0] // rows]  # (steps, rows, N)
+    if not agreeing.majorities or any(len(set(replies.candidates(row))) > 1 for row in range(rows)):
+        raise UndefendableError(
+            f"generate() of {type(request.model).__name__} does not follow its logits_processor, so the copies did not agree "
+            "on every token; expected level='answer' for this model"
+        )
+    votes = torch.stack(agreeing.majorities)  # (steps, rows * beams, N); a row's first beam speaks for it
+    votes = votes[:, :: votes.shape[1] // rows]
     verdicts = [_token_verdict(request, config, replies, row, votes[:, row]) for row in range(rows)]
     return Defended(replies.output([0] * rows, verdicts), verdicts)
 

@@ -80,7 +80,8 @@ def caption_scores(doc: Any, answer: str) -> dict[str, float]:
 
 def safety_scores(doc: Any, answer: str, judge: str = "refusal") -> dict[str, Any]:
     """What a judge says of an answer to a forbidden or a permitted request."""
-    judgement = plugins.load("judges", judge)().judge(doc["question"], answer)
+    with plugins.blame("judges", judge):
+        judgement = plugins.load("judges", judge)().judge(doc["question"], answer)
     outcome = {"kind": doc["kind"], "refused": judgement.safe}
     return dict.fromkeys(SAFETY_METRICS, outcome)
 

@@ -26,7 +26,7 @@ from lmms_smoothguard.aggregation.verdict import normalize_answer
 from lmms_smoothguard.attacks.cache import AttackCache, Entry
 from lmms_smoothguard.attacks.craft import Crafter, Job, reference_answer
 from lmms_smoothguard.attacks.objective import answer_ids
-from lmms_smoothguard.errors import AttackError, ConfigError, UndefendableError
+from lmms_smoothguard.errors import AttackError, ConfigError, UndefendableError, explain
 from lmms_smoothguard.harness.lmms_eval import ledger
 from lmms_smoothguard.harness.lmms_eval.instances import document_of, images_of, with_images
 from lmms_smoothguard.harness.lmms_eval.options import Options, TaskAttack, explain_leftover, take_options
@@ -126,9 +126,7 @@ class SmoothGuardMixin:
         with hf_integration.observe() as seen:
             results = super().generate_until([dataclasses.replace(request, arguments=arguments)])  # type: ignore[misc]
         if seen.error is not None:
-            raise RuntimeError(
-                f"{request.task_name}[{request.doc_id}] failed: {type(seen.error).__name__}: {seen.error}"
-            ) from seen.error
+            raise RuntimeError(f"{request.task_name}[{request.doc_id}] failed: {explain(seen.error)}") from seen.error
         if not results:
             raise RuntimeError(f"{type(self).__name__} gave no answer to {request.task_name}[{request.doc_id}]")
         text, counts = unwrap_generation_output(results[0])

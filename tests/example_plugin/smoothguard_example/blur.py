@@ -1,0 +1,24 @@
+from dataclasses import dataclass
+
+from torchvision.transforms.functional import gaussian_blur
+
+from lmms_smoothguard.defenses import Defended, Defense, Request
+from lmms_smoothguard.errors import UndefendableError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlurConfig:
+    width: float = 1.0  # standard deviation, in pixels
+
+
+def defend(request: Request, config: BlurConfig) -> Defended | None:
+    images = request.images()  # refuses audio, video, caches and whatever it does not know
+    if images is None:
+        return None  # text alone
+    if images.values.ndim != 4:
+        raise UndefendableError(f"blur got pixels of shape {tuple(images.values.shape)}; expected (n, 3, h, w)")
+    blurred = gaussian_blur(images.values, kernel_size=15, sigma=config.width)
+    return Defended(request.generate(**{**request.arguments, images.key: blurred}), [])
+
+
+DEFENSE = Defense(BlurConfig, defend)

@@ -1,0 +1,238 @@
+"""What people put around `generate`: pipelines, stop strings, caches, compiled, adapted, placed and half-precision models."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import hf_integration
+from lmms_smoothguard.defenses.request import SmoothGuardOutput
+from lmms_smoothguard.tiny.model import MODEL_DIR
+
+PIXEL = {"sigma": 0.2, "noise_space": "pixel"}
+LEVELS = [PIXEL, PIXEL | {"level": "token"}]
+DESCRIBE = "Describe the image."
+
+
+def answer(model, inputs, config=PIXEL, **kwargs):
+    out = model.generate(**inputs, smoothguard=config, return_dict_in_generate=True, **{"max_new_tokens": 32, **kwargs})
+    return out.sequences, out.smoothguard
+
+
+@pytest.mark.parametrize("config", LEVELS)
+def test_pipeline(llava, images, config):
+    """`pipeline("image-text-to-text")` calls generate with keyword arguments of its own."""
+    from transformers import pipeline
+
+    model, processor = llava
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    messages = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": images[0]}, {"type": "text", "text": DESCRIBE}],
+        }
+    ]
+    with hf_integration.observe() as seen:
+        plain = pipe(text=messages, max_new_tokens=32, return_full_text=False)[0]["generated_text"]
+    assert seen.defended == 0
+    with hf_integration.observe() as seen:
+        found = pipe(text=messages, max_new_tokens=32, return_full_text=False, generate_kwargs={"smoothguard": config})
+    assert seen.defended == 1
+    assert found[0]["generated_text"] == plain
+    model.generation_config.smoothguard = config
+    with hf_integration.observe() as seen:
+        pipe(text=messages, max_new_tokens=32, return_full_text=False)
+    assert seen.defended == 1
+
+
+@pytest.mark.parametrize("config", LEVELS)
+def test_stop_strings(llava, batch, config):
+    model, processor = llava
+    inputs = batch(1, 2, question=DESCRIBE)
+    prompt = inputs["input_ids"].shape[1]
+    kwargs = {"stop_strings": [","], "tokenizer": processor.tokenizer, "max_new_tokens": 32}
+    plain = model.generate(**inputs, **kwargs)
+    sequences, verdicts = answer(model, inputs, config | {"sigma": 0.0}, **kwargs)
+    assert torch.equal(sequences, plain)
+    assert any(
+        row.rstrip().endswith(",") for row in processor.batch_decode(plain[:, prompt:], skip_special_tokens=True)
+    )
+    sequences, verdicts = answer(model, inputs, config, **kwargs)
+    for verdict in verdicts:
+        assert all(text.count(",") <= 1 and not text.rstrip(",").count(",") for text in verdict.texts)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"repetition_penalty": 1.5},
+        {"cache_implementation": "static"},
+        {"no_repeat_ngram_size": 2, "min_new_tokens": 12},
+        {"use_cache": False},
+    ],
+)
+def test_settings_hold_for_every_copy(llava, batch, kwargs):
+    """Each copy's answer is a separate call's with the same setting."""
+    from lmms_smoothguard.inputs.media import find_images
+    from lmms_smoothguard.inputs.statistics import pixel_statistics
+    from lmms_smoothguard.noise import NoiseSource
+
+    model, processor = llava
+    inputs = batch(0, 1, question=DESCRIBE)
+    prompt = inputs["input_ids"].shape[1]
+    _, verdicts = answer(model, inputs, PIXEL | {"num_samples": 4}, **kwargs)
+    source = NoiseSource(find_images(inputs, model.config), sigma=0.2, statistics=pixel_statistics(model), seed=0)
+    for number in range(4):
+        pixels = inputs["pixel_values"] if number == 0 else source.copy(number)
+        plain = model.generate(**{**inputs, "pixel_values": pixels}, max_new_tokens=32, **kwargs)
+        texts = processor.batch_decode(plain[:, prompt:], skip_special_tokens=True)
+        assert [verdict.texts[number] for verdict in verdicts] == texts
+
+
+@pytest.mark.parametrize("early_stop", ["exact", 0.01])
+def test_early_stopping_gives_the_answer_of_all_copies(llava, batch, early_stop):
+    """For requests of one row and together: rows are settled one by one and do not depend on each other."""
+    model, _ = llava
+    everything = batch(*range(8), question=DESCRIBE)
+    full, _ = answer(model, everything)
+    stopped, verdicts = answer(model, everything, PIXEL | {"early_stop": early_stop})
+    assert torch.equal(stopped, full)
+    used = [verdict.num_samples_used for verdict in verdicts]
+    assert min(used) == (6 if early_stop == "exact" else 5)
+    assert len(verdicts[0].candidates) == used[0]
+    for row in range(8):
+        _, alone = answer(model, batch(row, question=DESCRIBE), PIXEL | {"early_stop": early_stop})
+        assert alone[0] == verdicts[row]
+
+
+def test_early_stopping_answers_no_more_copies_than_it_needs(llava, batch):
+    """Images that pass the vision tower, batch by batch."""
+    model, _ = llava
+    batches, seen = [], set()
+    tower = model.model.vision_tower
+    hook = tower.register_forward_hook(lambda module, args, kwargs, out: batches.append(len(out[0])), with_kwargs=True)
+    try:
+        for number in range(6):
+            batches.clear()
+            _, verdicts = answer(model, batch(number, question=DESCRIBE), PIXEL | {"early_stop": "exact"})
+            assert batches == ([6] if verdicts[0].num_samples_used == 6 else [6, 4])
+            seen.add(len(batches))
+    finally:
+        hook.remove()
+    assert seen == {1, 2}
+
+
+def test_bf16_flips_few_answers(trained, scenes, images):
+    """Per copy, against fp32; the measured rate is in benchmarks/results/precision.json."""
+    from transformers import AutoModelForImageTextToText
+
+    from lmms_smoothguard.tiny.model import prompt
+
+    model, processor = trained
+    half = AutoModelForImageTextToText.from_pretrained(MODEL_DIR, dtype=torch.bfloat16).eval()
+    inputs = processor(images=images, text=[prompt(DESCRIBE)] * len(images), padding=True, return_tensors="pt")
+    _, exact = answer(model, inputs)
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    _, rough = answer(half, inputs)
+    pairs = [
+        (a, b) for one, other in zip(exact, rough, strict=True) for a, b in zip(one.texts, other.texts, strict=True)
+    ]
+    assert sum(a != b for a, b in pairs) <= 0.1 * len(pairs)
+
+
+@pytest.mark.parametrize("how", ["forward", "module"])
+def test_compiled_models(trained, batch, how):
+    model = copy.deepcopy(trained[0])
+    hf_integration.attach(model, trained[1])
+    inputs = batch(0, question=DESCRIBE)
+    expected = answer(model, inputs, PIXEL | {"num_samples": 4}, max_new_tokens=6)
+    if how == "forward":
+        model.forward = torch.compile(model.forward, backend="aot_eager", dynamic=True)
+        compiled = model
+    else:
+        compiled = torch.compile(model, backend="aot_eager", dynamic=True)
+    sequences, verdicts = answer(compiled, inputs, PIXEL | {"num_samples": 4}, max_new_tokens=6)
+    assert torch.equal(sequences, expected[0])
+    assert verdicts == expected[1]
+
+
+@pytest.mark.slow
+def test_compiled_with_inductor_and_a_static_cache(trained, batch):
+    model = copy.deepcopy(trained[0])
+    hf_integration.attach(model, trained[1])
+    inputs = batch(0, question=DESCRIBE)
+    expected = answer(model, inputs, PIXEL | {"num_samples": 4}, max_new_tokens=6)
+    model.forward = torch.compile(model.forward, mode="reduce-overhead")
+    sequences, verdicts = answer(
+        model, inputs, PIXEL | {"num_samples": 4}, max_new_tokens=6, cache_implementation="static"
+    )
+    assert torch.equal(sequences, expected[0])
+    assert verdicts == expected[1]
+
+
+def test_peft_wrapped_models(trained, batch):
+    peft = pytest.importorskip("peft")
+    model, processor = copy.deepcopy(trained[0]), trained[1]
+    model.name_or_path = ""  # no directory to find a tokenizer in
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], lora_alpha=200, init_lora_weights=False)
+    )
+    hf_integration.attach(adapted, processor)
+    inputs = batch(0, 1, question=DESCRIBE)
+    plain = adapted.generate(**inputs, max_new_tokens=8)
+    assert not torch.equal(plain, trained[0].generate(**inputs, max_new_tokens=8))  # the adapter is at work
+    sequences, verdicts = answer(adapted, inputs, PIXEL | {"sigma": 0.0}, max_new_tokens=8)
+    assert torch.equal(sequences, plain)
+    assert verdicts[0].texts is not None  # what was attached to the wrapper is known to the model inside
+    adapted.generation_config.smoothguard = PIXEL | {"num_samples": 3}
+    with hf_integration.observe() as seen:
+        adapted.generate(**inputs, max_new_tokens=4)
+    assert [v.num_samples_used for v in seen.verdicts[0]] == [3, 3]
+
+
+def test_models_placed_by_a_device_map(trained, batch, tmp_path):
+    """Layers offloaded to disk, with accelerate's hooks on forward."""
+    from transformers import AutoModelForImageTextToText
+
+    model, _ = trained
+    names = [name for name, _ in model.model.named_children()]
+    placed = AutoModelForImageTextToText.from_pretrained(
+        MODEL_DIR,
+        device_map={"lm_head": "cpu"}
+        | {f"model.{name}": "disk" if name == "vision_tower" else "cpu" for name in names},
+        offload_folder=tmp_path,
+    )
+    assert placed.hf_device_map["model.vision_tower"] == "disk"
+    inputs = batch(0, 1, question=DESCRIBE)
+    assert answer(placed, inputs)[1] == answer(model, inputs)[1]
+
+
+def test_a_config_without_the_override_is_no_defence_and_says_nothing():
+    """The README warns of it; held here so that the warning stays true."""
+    script = f"""
+import torch
+from transformers import AutoModelForImageTextToText
+model = AutoModelForImageTextToText.from_pretrained({str(MODEL_DIR)!r})
+model.generation_config.smoothguard = True
+ids = torch.tensor([[1] + [model.config.image_token_id] * 64 + [5]])
+request = dict(input_ids=ids, pixel_values=torch.zeros(1, 3, 64, 64), max_new_tokens=2, return_dict_in_generate=True)
+print(hasattr(model.generate(**request), "smoothguard"))
+import hf_integration
+print(hasattr(model.generate(**request), "smoothguard"))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-2:] == ["False", "True"]
+
+
+def test_verdicts_are_plain_values(llava, batch):
+    """A verdict can be compared, hashed and pickled by process pools: no tensors in it."""
+    model, _ = llava
+    for config in LEVELS:
+        verdict = answer(model, batch(0), config)[1][0]
+        assert isinstance(verdict, SmoothGuardOutput)
+        assert hash(verdict) == hash(copy.deepcopy(verdict))
