@@ -14,8 +14,10 @@ from typing import Any
 
 from lmms_smoothguard.report.demo import DEMO
 from lmms_smoothguard.report.tables import markdown_table
+from timing.table import markdown as costs
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 GROUPS = {
     "demo": [experiment.name for experiment in DEMO],
     "standard": ["published", "one_noisy_copy", "n20", "n20_noisy_only", "plain_eps2", "smoothguard_eps2", "plain_eps8", "smoothguard_eps8"],
@@ -26,7 +28,7 @@ GROUPS = {
 
 def stored(name: str) -> dict[str, Any]:
     """A committed result."""
-    found: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
     return found
 
 
@@ -34,9 +36,14 @@ def filled(text: str) -> str:
     """The README with every `<!-- table NAME -->` block made anew."""
     for group, names in GROUPS.items():
         table = markdown_table([stored(name) for name in names], baseline=stored("plain"))
-        block = f"<!-- table {group} -->\n{table}\n<!-- end -->"
-        text = re.sub(rf"<!-- table {group} -->.*?<!-- end -->", lambda _, block=block: block, text, flags=re.DOTALL)
-    return text
+        text = _with_block(text, group, table)
+    measured = [name for name in ("bench", "bench_cuda") if (RESULTS / f"{name}.json").exists()]
+    return _with_block(text, "bench", costs(*map(stored, measured))) if measured else text
+
+
+def _with_block(text: str, group: str, table: str) -> str:
+    block = f"<!-- table {group} -->\n{table}\n<!-- end -->"
+    return re.sub(rf"<!-- table {group} -->.*?<!-- end -->", lambda _: block, text, flags=re.DOTALL)
 
 
 def main() -> int:

@@ -1,0 +1,1 @@
+"""What `benchmarks/bench.py` measures, and how: subjects (models and inputs), variants, paired timing, parts, tables."""

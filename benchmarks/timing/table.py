@@ -1,0 +1,61 @@
+"""The README's table of costs, from result files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_HEADINGS = ("model", "new tokens", "plain", "SmoothGuard : plain", "exact early stop : plain", "token level : plain", "naive loop : SmoothGuard", "noise + aggregation", "peak memory: plain / SmoothGuard")  # fmt: skip
+
+
+def markdown(*results: Mapping[str, Any]) -> str:
+    """One line a row of every result; "-" where a variant was not measured."""
+    lines = [_HEADINGS, ("---",) * len(_HEADINGS)]
+    for result in results:
+        lines += [_cells(result["models"][row["model"]], row) for row in result["rows"]]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _cells(model: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[str, ...]:
+    exact = _ratio(row, "exact early stop : plain")
+    if exact != "-":
+        exact += f", {row['copies']['exact early stop']['num_samples_used']:.1f} copies"
+    return (
+        f"{model['about']}, {_count(model['parameters'])} parameters, {model['image_tokens']} image tokens",
+        _tokens(row),
+        f"{1000 * row['seconds']['plain']['value']:.0f} ms",
+        _ratio(row, "smoothguard : plain"),
+        exact,
+        _ratio(row, "token : plain"),
+        _ratio(row, "naive loop : smoothguard"),
+        _share(row),
+        _memory(row),
+    )
+
+
+def _tokens(row: Mapping[str, Any]) -> str:
+    if not row["forced"]:
+        return f"as many as {row['requests']} take"
+    return str(row["new_tokens"]) if row["sigma"] else f"{row['new_tokens']}, copies that agree (sigma 0)"
+
+
+def _ratio(row: Mapping[str, Any], name: str) -> str:
+    found = row["ratios"].get(name)
+    return "-" if found is None else f"{found['value']:.2f} ({found['low']:.2f}-{found['high']:.2f})"
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    shares = row.get("parts", {}).get("smoothguard", {}).get("shares")
+    return "-" if shares is None else f"{100 * (shares['noise'] + shares['aggregation']):.1f} %"
+
+
+def _memory(row: Mapping[str, Any]) -> str:
+    found = row.get("memory")
+    if not found:
+        return "-"
+    above = (found[variant]["peak"] - found[variant]["loaded"] for variant in ("plain", "smoothguard"))
+    return " / ".join(f"{amount / 2**20:.0f} MiB" for amount in above)
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
