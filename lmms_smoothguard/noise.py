@@ -11,8 +11,13 @@ import secrets
 
 import torch
 
+from lmms_smoothguard.errors import UndefendableError
 from lmms_smoothguard.inputs.media import Images
 from lmms_smoothguard.inputs.statistics import PixelStatistics
+
+_SLACK, _STRAY = 0.05, 0.02
+"""A resize without rounding overshoots [0, 1] by this much in this share of the values at most; beyond, the mean and std
+are not those that the pixels were normalised with."""
 
 
 def fresh_seed() -> int:
@@ -24,7 +29,12 @@ class NoiseSource:
     """Noisy copies of the images of one request."""
 
     def __init__(self, images: Images, *, sigma: float, statistics: PixelStatistics | None, seed: int | None) -> None:
-        """`statistics` None: `sigma` is in normalised units; else in [0, 1] pixel units, and values stay in that range."""
+        """`statistics` None: `sigma` is in normalised units; else in [0, 1] pixel units, and values stay in that range.
+
+        Raises UndefendableError where the pixels are not in that range by these statistics.
+        """
+        if statistics is not None:
+            _check_range(images, statistics)
         self._images, self._sigma, self._statistics = images, sigma, statistics
         self._seed = fresh_seed() if seed is None else seed
         self._identities = self._identify()
@@ -59,6 +69,22 @@ class NoiseSource:
             noise = self._images.layout.standard_noise(values[where], where, generator)
             noisy[where] = add_noise(values[where], noise, self._images, self._sigma, self._statistics)
         return noisy
+
+
+def _check_range(images: Images, statistics: PixelStatistics) -> None:
+    """Noise in pixel units is clipped to [0, 1]: with another processor's statistics it would damage the picture."""
+    for where in images.slices:
+        values = images.values[where].float()
+        mean = images.layout.per_channel(statistics.mean, values).to(values.device)
+        std = images.layout.per_channel(statistics.std, values).to(values.device)
+        pixels = values * std + mean
+        stray = float(((pixels < -_SLACK) | (pixels > 1 + _SLACK)).float().mean())
+        if stray > _STRAY:
+            raise UndefendableError(
+                f"by the mean and std at hand (from: {statistics.source}) the pixels lie in [{float(pixels.min()):.2f}, "
+                f"{float(pixels.max()):.2f}], {stray:.0%} of them outside [0, 1]; expected the statistics of the processor "
+                "that made them. Call hf_integration.attach(model, processor), or use noise_space='normalized'."
+            )
 
 
 def add_noise(

@@ -11,6 +11,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from PIL import Image
+from tiny_models import ARCHITECTURES
+from tiny_models.subject import Subject
 
 import hf_integration
 from lmms_smoothguard.tiny import language
@@ -76,3 +78,15 @@ def unchanged_random_state():
     before = torch.random.get_rng_state()
     yield
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.fixture(scope="module", params=list(ARCHITECTURES))
+def subject(request):
+    """Every architecture in turn, of tiny size with random weights."""
+    return Subject(request.param)
+
+
+@pytest.fixture(scope="session")
+def pictures(images):
+    """Square, wide, tall, each of another scene."""
+    return images[0], images[1].resize((150, 60)), images[2].resize((50, 120))

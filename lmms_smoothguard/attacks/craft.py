@@ -19,7 +19,7 @@ from PIL import Image
 from lmms_smoothguard import plugins
 from lmms_smoothguard.attacks.base import Attack, Pictures, distances
 from lmms_smoothguard.attacks.cache import FORMAT, AttackCache, Entry, content_key
-from lmms_smoothguard.attacks.objective import AnswerLoss, Perturb, answer_ids
+from lmms_smoothguard.attacks.objective import AnswerLoss, Perturb, answer_ids, token_axes
 from lmms_smoothguard.attacks.rendering import EXACT_ENOUGH, Renderer
 from lmms_smoothguard.attacks.settings import AttackSettings
 from lmms_smoothguard.config import SmoothGuardConfig
@@ -50,17 +50,20 @@ class Job:
 
 
 class Crafter:
-    """Attacks one model; `defense` is what EOT averages over, with draws of the attacker's own."""
+    """Attacks one model; `defense` is what EOT averages over, with draws of the attacker's own.
+
+    processor: the model's processor, or its image processor alone where the rest says nothing of images.
+    """
 
     def __init__(
         self,
         model: Any,
-        image_processor: Any,
+        processor: Any,
         cache: AttackCache,
         defense: SmoothGuardConfig | None = None,
         batch_size: int = 32,
     ) -> None:
-        self._model, self._processor, self._cache, self._defense = model, image_processor, cache, defense
+        self._model, self._processor, self._cache, self._defense = model, processor, cache, defense
         self._batch_size = batch_size
         self.fingerprint = model_fingerprint(model)
 
@@ -102,9 +105,9 @@ class Crafter:
         """Keys of jobs that can share a batch: the same settings, image sizes and input shapes."""
         groups: dict[Any, list[str]] = defaultdict(list)
         for key, job in missing.items():
-            length = job.inputs["input_ids"].shape[1]
+            axes = token_axes(self._model, job.inputs)
             shapes = sorted(
-                (name, tuple("L" if size == length else size for size in value.shape))
+                (name, tuple("L" if axis == axes.get(name) else size for axis, size in enumerate(value.shape)))
                 for name, value in job.inputs.items()
                 if isinstance(value, torch.Tensor)
             )
@@ -121,9 +124,9 @@ class Crafter:
         settings, device = first.settings, self._model.device
         clean = _pictures([job.images for job in jobs.values()], device)
         renderer = Renderer(self._processor, device, first.inputs[_PIXELS].dtype)
-        pixels = {_PIXELS: torch.cat([job.inputs[_PIXELS] for job in jobs.values()])}
+        captured = {**first.inputs, _PIXELS: torch.cat([job.inputs[_PIXELS] for job in jobs.values()])}
         with torch.no_grad():
-            gap = renderer.check(clean, pixels, _PIXELS)
+            gap = renderer.check(clean, captured, _PIXELS)
         if gap > EXACT_ENOUGH:
             log.warning(
                 "the caller changes images before the model sees them (%.3g off on average, in normalised units; JPEG, "
@@ -176,7 +179,7 @@ class Crafter:
         defense = self._defense
         statistics: PixelStatistics | None = None
         if defense.noise_space == "pixel":
-            statistics = pixel_statistics(self._model, self._processor)
+            statistics = pixel_statistics(self._model, getattr(self._processor, "image_processor", self._processor))
         generator = torch.Generator().manual_seed(_attacker_seed(settings.seed))
 
         def perturb(rendered: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from lmms_smoothguard.attacks.base import Pictures
 from lmms_smoothguard.attacks.rendering import Renderer
 from lmms_smoothguard.errors import AttackError
+from lmms_smoothguard.inputs.fitting import is_encoder_decoder
 from lmms_smoothguard.inputs.tiling import tile
 
 Perturb = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
@@ -74,10 +75,15 @@ class AnswerLoss:
         draws: int = 1,
         pixel_key: str = "pixel_values",
     ) -> None:
+        if is_encoder_decoder(model.config):
+            raise AttackError(
+                f"{type(model).__name__} is an encoder-decoder; expected a model whose answer follows its prompt. Attacks on "
+                "encoder-decoders are not supported."
+            )
         self._model, self._renderer, self._key = model, renderer, pixel_key
         self._token_loss = _TOKEN_LOSSES[kind]
         self._perturb, self._draws = perturb, draws if perturb is not None else 1
-        self._text, self._labels = _pack(prompts, answers)
+        self._text, self._labels = _pack(model, prompts, answers)
         self._keep = max(len(answer) for answer in answers) + 1
         self._cuts_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -97,37 +103,56 @@ class AnswerLoss:
         return (token_loss.sum(1) / answered.sum(1)).view(len(copies), -1).mean(0)
 
 
+def lengthened(model: Any, prompt: Mapping[str, Any], answer: Sequence[int]) -> dict[str, torch.Tensor]:
+    """A prompt's tensors (batch size 1) after an answer, as the model's own `generate` lengthens them.
+
+    Token types, attention and cross-attention masks grow in ways of each model: PaliGemma's answers are of another type
+    than its prompts, and would be seen before they are said if they were not.
+    """
+    from transformers.utils import ModelOutput
+
+    ids = prompt["input_ids"]
+    grown = {k: v for k, v in prompt.items() if isinstance(v, torch.Tensor) and k not in ("input_ids", "labels")}
+    grown.setdefault("attention_mask", torch.ones_like(ids))
+    grown["cache_position"] = torch.arange(ids.shape[1], device=ids.device)  # older transformers move it along
+    for _ in answer:
+        grown = model._update_model_kwargs_for_generation(ModelOutput(), grown, is_encoder_decoder=False)
+    grown.pop("cache_position", None)
+    tail = torch.tensor([list(answer)], dtype=ids.dtype, device=ids.device)
+    return {"input_ids": torch.cat([ids, tail], dim=1), **grown}
+
+
+def token_axes(model: Any, prompt: Mapping[str, Any]) -> dict[str, int]:
+    """The inputs with an entry a token, and the dimension in which they grow."""
+    after = lengthened(model, prompt, [0])
+    axes = {"attention_mask": 1}
+    for name, value in after.items():
+        before = prompt.get(name)
+        if before is not None and before.shape != value.shape:
+            axes[name] = next(axis for axis in range(value.ndim) if value.shape[axis] != before.shape[axis])
+    return axes
+
+
 def _pack(
-    prompts: Sequence[Mapping[str, Any]], answers: Sequence[Sequence[int]]
+    model: Any, prompts: Sequence[Mapping[str, Any]], answers: Sequence[Sequence[int]]
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """Prompts and answers as one left-padded batch, answers flush right; labels -100 everywhere else."""
-    lengths = [prompt["input_ids"].shape[1] + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    width = max(lengths)
+    axes = token_axes(model, prompts[0])
+    rows = [lengthened(model, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    width = max(row["input_ids"].shape[1] for row in rows)
     packed: dict[str, Any] = {}
-    for name, first in prompts[0].items():
-        if not isinstance(first, torch.Tensor):
-            continue
-        rows = []
-        for prompt, answer, length in zip(prompts, answers, lengths, strict=True):
-            value, prompt_length = prompt[name], prompt["input_ids"].shape[1]
-            if value.ndim >= 2 and value.shape[1] == prompt_length:  # one entry a token: grow with the answer
-                if name == "input_ids":
-                    tail = torch.tensor([list(answer)], dtype=value.dtype, device=value.device)
-                elif name == "attention_mask":
-                    tail = value.new_ones(1, len(answer))
-                elif value.ndim == 2:  # token types: an answer is text
-                    tail = value.new_zeros(1, len(answer))
-                else:  # cross-attention masks: an answer sees what the prompt's end sees
-                    tail = value[:, -1:].expand(-1, len(answer), *value.shape[2:])
-                head = value.new_zeros(1, width - length, *value.shape[2:])
-                value = torch.cat([head, value, tail], dim=1)
-            rows.append(value)
-        packed[name] = torch.cat(rows)
-    if "attention_mask" not in packed:
-        device = packed["input_ids"].device
-        starts = torch.tensor([width - length for length in lengths], device=device)
-        packed["attention_mask"] = (torch.arange(width, device=device)[None] >= starts[:, None]).long()
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        if name in axes:
+            values = [_padded(value, axes[name], width) for value in values]
+        packed[name] = torch.cat(values)
     labels = torch.full((len(prompts), width), -100)
     for row, answer in enumerate(answers):
         labels[row, width - len(answer) :] = torch.tensor(list(answer))
     return packed, labels
+
+
+def _padded(value: torch.Tensor, axis: int, width: int) -> torch.Tensor:
+    missing = list(value.shape)
+    missing[axis] = width - value.shape[axis]
+    return torch.cat([value.new_zeros(missing), value], dim=axis)

@@ -1,7 +1,7 @@
 """From [0, 1] pixels to the model's input tensors, differentiably, through the model's own image processor.
 
-torchvision-backed processors keep the autograd graph of float tensors when told not to rescale. Whether the path ends
-where the ordinary 8-bit path ends is checked on the clean images, every time.
+torchvision-backed processors keep the autograd graph of float tensors. Whether the path ends where the ordinary 8-bit path
+ends is checked on the clean images, every time.
 """
 
 from __future__ import annotations
@@ -21,18 +21,28 @@ _TOO_FAR = 0.15
 
 
 class Renderer:
-    """Renders a batch of pictures to what the image processor gives: pixel_values and, for some models, their sizes."""
+    """Renders a batch of pictures to what the ordinary path gives: pixel_values and, for some models, their sizes.
 
-    def __init__(self, image_processor: Any, device: torch.device, dtype: torch.dtype) -> None:
-        self._processor, self._device, self._dtype = image_processor, device, dtype
+    processor: the model's whole processor, whose settings for images count too (InternVL's cuts them into tiles), or its
+    image processor alone.
+    """
+
+    def __init__(self, processor: Any, device: torch.device, dtype: torch.dtype) -> None:
+        self._processor, self._settings = (
+            getattr(processor, "image_processor", processor),
+            _settings_for_images(processor),
+        )
+        self._device, self._dtype = device, dtype
         self._nested = False
+        self._wanted: frozenset[str] | None = None
 
     def __call__(self, pictures: Pictures) -> dict[str, torch.Tensor]:
         """Tensors of the whole batch, images in the order of rows, then slots."""
-        rows = [[slot[row] for slot in pictures] for row in range(len(pictures[0]))]
+        # In grey levels, as files are: what a processor paints around a picture (LLaVA-OneVision's mean colour) is too.
+        rows = [[slot[row] * 255 for slot in pictures] for row in range(len(pictures[0]))]
         images = rows if self._nested else [image for row in rows for image in row]
         try:
-            batch = self._processor(images=images, do_rescale=False, return_tensors="pt")
+            batch = self._processor(images=images, **self._settings | {"return_tensors": "pt"})
         except (TypeError, ValueError, RuntimeError) as error:
             raise AttackError(
                 f"{type(self._processor).__name__} takes no float tensors ({error}), so no gradient reaches the pixels; "
@@ -41,13 +51,14 @@ class Renderer:
         return {
             key: value.to(self._device, self._dtype if value.is_floating_point() else None)
             for key, value in batch.items()
-            if isinstance(value, torch.Tensor)
+            if isinstance(value, torch.Tensor) and (self._wanted is None or key in self._wanted)
         }
 
     def check(self, clean: Pictures, captured: Mapping[str, Any], key: str) -> float:
         """The largest mean difference, over the requests, between the clean pictures rendered here and what the ordinary
         path made of them, in normalised units. Raises AttackError where they are not the same picture."""
         expected = captured[key].float()
+        self._wanted = frozenset(captured)  # processors keep counts of tiles and crops to themselves
         problem = ""
         for nested in (False, True):
             self._nested = nested
@@ -67,3 +78,11 @@ class Renderer:
             f"the differentiable preprocessing does not reproduce {key}: {problem}. The caller preprocesses images in a "
             "way of its own, so an attack would be scored on other pixels than it was crafted on."
         )
+
+
+def _settings_for_images(processor: Any) -> dict[str, Any]:
+    """What a whole processor passes to its image processor unless told otherwise; nothing for an image processor."""
+    if not hasattr(processor, "image_processor"):
+        return {}
+    defaults = getattr(getattr(processor, "valid_processor_kwargs", None), "_defaults", {})
+    return {**getattr(processor, "images_kwargs", {}), **defaults.get("images_kwargs", {})}

@@ -9,6 +9,7 @@ import torch
 
 from lmms_smoothguard.defenses.request import Request, SmoothGuardOutput
 from lmms_smoothguard.errors import UndefendableError
+from lmms_smoothguard.inputs.fitting import all_known, is_encoder_decoder
 
 _PER_STEP = ("scores", "logits")  # outputs that are a tuple of (rows, vocabulary), one a step
 _DROPPED = ("attentions", "decoder_attentions", "cross_attentions", "encoder_attentions", "hidden_states",
@@ -25,6 +26,7 @@ class Replies:
         self.rows, self.copies, self.prompt = rows, 0, 0
         self._request = request
         self._ends = request.end_tokens()
+        self._decodes = request.tokenizer is not None
         self._outputs: list[Any] = []
         self._home: list[tuple[int, int]] = []  # of each copy: its output, its first row there
         self._candidates: list[list[tuple[int, ...]]] = [[] for _ in range(rows)]
@@ -42,7 +44,8 @@ class Replies:
         answers = [self._trim(row) for row in sequences[:, self.prompt :].tolist()]
         for row in range(self.rows):
             self._candidates[row] += answers[row :: self.rows]
-        if self._request.tokenizer is not None:
+        self._decodes = self._decodes and all_known(self._request.tokenizer, answers)
+        if self._decodes:
             texts = self._request.tokenizer.batch_decode([list(a) for a in answers], skip_special_tokens=True)
             for row in range(self.rows):
                 self._texts[row] += texts[row :: self.rows]
@@ -55,12 +58,12 @@ class Replies:
         return self._candidates[row]
 
     def texts(self, row: int) -> Sequence[str] | None:
-        """The same decoded; None where no tokenizer is known."""
-        return None if self._request.tokenizer is None else self._texts[row]
+        """The same decoded; None where no tokenizer is known, or one that does not know what was said."""
+        return self._texts[row] if self._decodes else None
 
     def comparable(self, row: int) -> Sequence[str]:
         """Texts, or token ids where there are none."""
-        if self._request.tokenizer is not None:
+        if self._decodes:
             return self._texts[row]
         return [" ".join(map(str, candidate)) for candidate in self._candidates[row]]
 
@@ -116,7 +119,7 @@ class Replies:
     def _length(self, answer: Sequence[int]) -> int:
         """Tokens up to and with the first end-of-sequence; trailing padding does not count."""
         # An encoder-decoder's answer opens with a start token that may equal the end token.
-        start = 1 if getattr(self._request.model.config, "is_encoder_decoder", False) else 0
+        start = 1 if is_encoder_decoder(self._request.model.config) else 0
         for index in range(start, len(answer)):
             if answer[index] in self._ends:
                 return index + 1

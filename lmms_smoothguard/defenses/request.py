@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lmms_smoothguard.errors import UndefendableError
+from lmms_smoothguard.inputs.fitting import misfits
 from lmms_smoothguard.inputs.media import Images, find_images
 
 
@@ -67,6 +68,10 @@ class Request:
     def images(self) -> Images | None:
         """The request's images and where they lie; None for text alone. Raises UndefendableError for other media."""
         return find_images(self.arguments, self.model.config)
+
+    def misfits(self) -> tuple[str, ...]:
+        """What speaks against tokenizer and image processor being the model's own: warnings of every verdict."""
+        return misfits(self.model, self.tokenizer, self.image_processor)
 
     def setting(self, name: str, default: Any = None) -> Any:
         """What a generation setting will be: the call's, else its generation config's, else the model's."""

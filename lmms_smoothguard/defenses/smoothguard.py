@@ -125,10 +125,11 @@ def _verdict(
         config.aggregator,
         clean_first=config.include_clean,
     )
-    warnings = verdict.warnings
+    warnings = request.misfits() + verdict.warnings
     if texts is None and len(set(candidates)) > 2:
         warnings += (
-            "no tokenizer is known, so answers were compared as token ids; hf_integration.attach() mends that",
+            "no tokenizer is known that has all tokens of the answers, so they were compared as token ids; "
+            "hf_integration.attach() mends that",
         )
     return SmoothGuardOutput(
         tuple(candidates), texts, verdict.labels, verdict.chosen, verdict.agreement, verdict.suspicion,
@@ -168,11 +169,13 @@ def _by_token(
         )
     votes = torch.stack(agreeing.majorities)  # (steps, rows * beams, N); a row's first beam speaks for it
     votes = votes[:, :: votes.shape[1] // rows]
-    verdicts = [_token_verdict(config, replies, row, votes[:, row]) for row in range(rows)]
+    verdicts = [_token_verdict(request, config, replies, row, votes[:, row]) for row in range(rows)]
     return Defended(replies.output([0] * rows, verdicts), verdicts)
 
 
-def _token_verdict(config: SmoothGuardConfig, replies: Replies, row: int, votes: torch.Tensor) -> SmoothGuardOutput:
+def _token_verdict(
+    request: Request, config: SmoothGuardConfig, replies: Replies, row: int, votes: torch.Tensor
+) -> SmoothGuardOutput:
     """votes: (steps, N), who was in the majority. Agreement and suspicion are means over the answer's steps."""
     answer, texts = replies.candidates(row)[0], replies.texts(row)
     votes = votes[: max(1, len(answer))]
@@ -183,5 +186,5 @@ def _token_verdict(config: SmoothGuardConfig, replies: Replies, row: int, votes:
         suspected = bool((~votes[:, 0]).any())
     return SmoothGuardOutput(
         (answer,), None if texts is None else (texts[0],), (0,), 0, float(votes.float().mean()), suspicion, suspected,
-        config.num_samples,
+        config.num_samples, request.misfits(),
     )  # fmt: skip

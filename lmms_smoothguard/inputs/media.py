@@ -10,6 +10,7 @@ import torch
 from PIL.Image import Image
 
 from lmms_smoothguard.errors import UndefendableError
+from lmms_smoothguard.inputs.fitting import channels_of
 from lmms_smoothguard.inputs.layouts import ChannelsFirst, Layout, PackedPatches
 
 IMAGE_KEYS = ("pixel_values",)
@@ -24,6 +25,7 @@ _PLAIN_KEYS = frozenset({
     "token_type_ids", "mm_token_type_ids", "head_mask", "image_sizes", "image_grid_thw", "aspect_ratio_ids",
     "aspect_ratio_mask", "spatial_shapes", "image_attention_mask", "image_num_patches", "batch_num_images",
 })  # fmt: skip
+_COMPANIONS = ("pixel_attention_mask", "image_sizes", "aspect_ratio_ids", "aspect_ratio_mask")  # as long as the pixels
 
 
 class Images(NamedTuple):
@@ -84,6 +86,7 @@ def find_images(inputs: Mapping[str, Any], config: Any) -> Images | None:
             f"{key} holds NaN or Inf; expected finite pixels. Check the image and its preprocessing."
         )
     layout, slices = _layout_of(key, values, inputs, config)
+    _check_rows(key, values, inputs, slices)
     return Images(key, values, layout, slices, _rows(inputs, config, slices, layout))
 
 
@@ -104,6 +107,12 @@ def _is_multimodal(config: Any) -> bool:
 def _layout_of(
     key: str, values: torch.Tensor, inputs: Mapping[str, Any], config: Any
 ) -> tuple[Layout, tuple[slice, ...]]:
+    channels = channels_of(config)
+    if values.ndim >= 4 and channels not in (None, values.shape[-3]):
+        raise UndefendableError(
+            f"{key} of shape {tuple(values.shape)} has {values.shape[-3]} channels, the model's vision tower takes "
+            f"{channels}; expected (..., {channels}, height, width). The processor is not this model's."
+        )
     if values.ndim >= 4:
         mask = inputs.get("pixel_attention_mask")
         vision_type = getattr(getattr(config, "vision_config", None), "model_type", None)
@@ -113,7 +122,7 @@ def _layout_of(
     grid, vision = inputs.get("image_grid_thw"), getattr(config, "vision_config", None)
     patch, frames = getattr(vision, "patch_size", None), getattr(vision, "temporal_patch_size", None)
     if values.ndim == 2 and grid is not None and isinstance(patch, int) and isinstance(frames, int):
-        channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", None) or 3
+        channels = channels or 3
         lengths = grid.prod(-1).tolist()
         if values.shape[1] == channels * frames * patch**2 and sum(lengths) == values.shape[0]:
             ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
@@ -125,6 +134,23 @@ def _layout_of(
         f"{getattr(config, 'model_type', '?')!r}; expected (..., channels, height, width) or packed patches with "
         "image_grid_thw. It is refused; pass smoothguard=False to run undefended."
     )
+
+
+def _check_rows(key: str, values: torch.Tensor, inputs: Mapping[str, Any], slices: tuple[slice, ...]) -> None:
+    """Refuses pixels that do not belong to the rows of what came with them; copies of them would slip against each other."""
+    for name in _COMPANIONS:
+        value = inputs.get(name)
+        if values.ndim >= 4 and isinstance(value, torch.Tensor) and value.shape[0] != values.shape[0]:
+            raise UndefendableError(
+                f"{name} has {value.shape[0]} entries, {key} {values.shape[0]}; expected as many. The processor is not this "
+                "model's, or it leaves out rows without an image (Mllama's does): send such rows by themselves."
+            )
+    questions = inputs.get("qformer_input_ids")
+    if isinstance(questions, torch.Tensor) and questions.shape[0] != len(slices):
+        raise UndefendableError(
+            f"the request has {len(slices)} images in {questions.shape[0]} rows; expected one a row, as this model's "
+            "Q-Former reads every image with its row's question"
+        )
 
 
 def _mask_of_sizes(sizes: Any, values: torch.Tensor) -> torch.Tensor | None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lmms_smoothguard.errors import UndefendableError
+from lmms_smoothguard.inputs.fitting import channels_of
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ def statistics_of(image_processor: Any, source: str) -> PixelStatistics | None:
     if image_processor is None:
         return None
     if getattr(image_processor, "do_normalize", True) is False:
-        return PixelStatistics(torch.zeros(3), torch.ones(3), source)
+        return PixelStatistics(torch.tensor(0.0), torch.tensor(1.0), source)
     mean, std = getattr(image_processor, "image_mean", None), getattr(image_processor, "image_std", None)
     if mean is None or std is None:
         return None
@@ -35,7 +36,8 @@ def statistics_of(image_processor: Any, source: str) -> PixelStatistics | None:
 def pixel_statistics(model: Any, image_processor: Any = None) -> PixelStatistics:
     """From the image processor at hand, else the one in the model's directory, else the default of the model's class.
 
-    Raises UndefendableError where none is known: noise in pixel units would have no scale.
+    Raises UndefendableError where none is known, for noise in pixel units would have no scale, and where they cannot be
+    the model's: another number of channels, or a std that is no positive number.
     """
     found = statistics_of(image_processor, "processor")
     where = getattr(model, "name_or_path", "") or getattr(model.config, "_name_or_path", "")
@@ -59,7 +61,25 @@ def pixel_statistics(model: Any, image_processor: Any = None) -> PixelStatistics
             f"noise_space is 'pixel', but the mean and std of model type {getattr(model.config, 'model_type', '?')!r} are "
             "unknown; expected a processor. Call hf_integration.attach(model, processor), or use noise_space='normalized'."
         )
-    return found
+    return _checked(found, channels_of(model.config))
+
+
+def _checked(found: PixelStatistics, channels: int | None) -> PixelStatistics:
+    """One mean and one std for every channel; a single number stands for all of them."""
+    mean, std, source = found
+    count = channels or max(mean.numel(), std.numel())
+    mean, std = (value.expand(count) if value.ndim == 0 else value for value in (mean, std))
+    if mean.shape != (count,) or std.shape != (count,):
+        raise UndefendableError(
+            f"the image processor ({source}) has {mean.numel()} means and {std.numel()} stds, the model takes {count} "
+            "channels; expected one of each a channel. It is not this model's: hf_integration.attach(model, its own processor)"
+        )
+    if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
+        raise UndefendableError(
+            f"the image processor ({source}) has image_mean {mean.tolist()} and image_std {std.tolist()}; expected finite "
+            "numbers, and a std above 0"
+        )
+    return PixelStatistics(mean, std, source)
 
 
 def _class_default(model: Any) -> Any:

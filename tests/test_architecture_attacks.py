@@ -1,0 +1,145 @@
+"""Attacks on every architecture at tiny size: the loss, its gradients through the processor, PGD.
+
+Real model and processor classes, random weights: what is shown is that the ways fit, and no figure is a result.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_models.subject import Subject, row_of
+
+from lmms_smoothguard.attacks.cache import AttackCache
+from lmms_smoothguard.attacks.craft import Crafter, Job
+from lmms_smoothguard.attacks.objective import AnswerLoss
+from lmms_smoothguard.attacks.rendering import EXACT_ENOUGH, Renderer
+from lmms_smoothguard.attacks.settings import AttackSettings
+from lmms_smoothguard.config import SmoothGuardConfig
+from lmms_smoothguard.errors import AttackError
+
+
+class Ordinary:
+    """What the ordinary 8-bit path gave, in place of a differentiable rendering."""
+
+    def __init__(self, inputs):
+        self._rendered = {"pixel_values": inputs["pixel_values"]}
+
+    def __call__(self, pictures):
+        return self._rendered
+
+
+def slots(pictures):
+    """Pictures as the attack's float slots (1, 3, height, width)."""
+    return tuple(
+        torch.from_numpy(np.asarray(picture, np.float32) / 255).permute(2, 0, 1)[None].contiguous()
+        for picture in pictures
+    )
+
+
+def job_pictures(subject, pictures):
+    return pictures[1:] if subject.kind.several else pictures[1:2]
+
+
+@pytest.fixture
+def attacked(subject):
+    if subject.kind.name == "instructblip_t5":
+        pytest.skip("encoder-decoder; see the refusal below")
+    return subject
+
+
+def test_the_loss_is_that_of_the_models_own_decoding(attacked, pictures):
+    """Teacher forcing gives what `generate` gave token by token: masks and token types grow as they do there."""
+    inputs = attacked.inputs(row_of(*job_pictures(attacked, pictures)))
+    out = attacked.model.generate(
+        **inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
+    answer = out.sequences[0, -5:].tolist()
+    spoken = torch.stack([step[0].log_softmax(-1)[token] for step, token in zip(out.logits, answer, strict=True)])
+    prompt = {key: value for key, value in inputs.items() if key != "pixel_values"}
+    loss = AnswerLoss(attacked.model, Ordinary(inputs), [prompt], [answer], kind="ce")
+    with torch.no_grad():
+        assert float(loss(())) == pytest.approx(-float(spoken.mean()), abs=1e-4)
+
+
+def test_requests_of_unequal_length_share_a_batch(attacked, pictures):
+    """A padded batch gives each request the loss it has alone."""
+    square = pictures[0]
+    requests = [attacked.inputs(row_of(square)), attacked.inputs(row_of(square, text="Is there a red circle in it?"))]
+    answers = [[60, 70, 80], [65, 75]]
+    if "cross_attention_mask" in requests[0] or "qformer_input_ids" in requests[0]:
+        requests[1] = requests[0]  # such requests are batched with their like only
+    prompts = [{k: v for k, v in inputs.items() if k != "pixel_values"} for inputs in requests]
+    together = {"pixel_values": torch.cat([inputs["pixel_values"] for inputs in requests])}
+    if "image_grid_thw" in prompts[0]:
+        together["image_grid_thw"] = torch.cat([inputs["image_grid_thw"] for inputs in requests])
+    with torch.no_grad():
+        batch = AnswerLoss(attacked.model, Ordinary(together), prompts, answers, kind="ce")(())
+        alone = [
+            float(AnswerLoss(attacked.model, Ordinary(inputs), [prompt], [answer], kind="ce")(()))
+            for inputs, prompt, answer in zip(requests, prompts, answers, strict=True)
+        ]
+    assert batch.tolist() == pytest.approx(alone, abs=1e-4)
+    assert alone[0] != pytest.approx(alone[1], abs=1e-2)
+
+
+def test_gradients_reach_every_picture_through_the_processor(attacked, pictures):
+    chosen = job_pictures(attacked, pictures)
+    inputs = attacked.inputs(row_of(*chosen))
+    renderer = Renderer(attacked.processor, torch.device("cpu"), torch.float32)
+    clean = slots(chosen)
+    assert renderer.check(clean, inputs, "pixel_values") < EXACT_ENOUGH
+    rendered = renderer(clean)
+    assert set(rendered) <= set(inputs)  # nothing the model does not know
+    prompt = {key: value for key, value in inputs.items() if key not in rendered}
+    loss = AnswerLoss(attacked.model, renderer, [prompt], [attacked.answer(inputs, min_new_tokens=4)], kind="margin")
+    leaves = tuple(slot.clone().requires_grad_() for slot in clean)
+    for gradient in torch.autograd.grad(loss(leaves).sum(), leaves):
+        assert torch.isfinite(gradient).all()
+        # LLaVA crops, and sees the middle of a wide picture alone.
+        assert (gradient != 0).float().mean() > (0.3 if attacked.kind.name == "llava" else 0.9)
+
+
+@pytest.mark.parametrize("eot", [0, 2])
+def test_crafted_attacks_stay_in_their_budget_and_work_through_the_ordinary_path(attacked, pictures, tmp_path, eot):
+    chosen = job_pictures(attacked, pictures)
+    settings = AttackSettings(eps=8 / 255, steps=3, eot=eot)
+    jobs = []
+    for text in ("What is it?", "Describe the image."):
+        inputs = attacked.inputs(row_of(*chosen, text=text))
+        jobs.append(Job(settings, chosen, inputs, attacked.answer(inputs, min_new_tokens=4)))
+    defense = SmoothGuardConfig(sigma=0.05, noise_space="pixel")
+    entries = Crafter(attacked.model, attacked.processor, AttackCache(tmp_path / "both"), defense).craft(jobs)
+    for entry, job in zip(entries, jobs, strict=True):
+        for made, picture in zip(entry.images, chosen, strict=True):
+            change = np.abs(made.astype(int) - np.asarray(picture).astype(int))
+            assert 0 < change.max() <= 8
+        text = "What is it?" if job is jobs[0] else "Describe the image."
+        again = attacked.inputs(row_of(*(Image.fromarray(made) for made in entry.images), text=text))
+        assert margin(attacked, again, job) > margin(attacked, job.inputs, job)
+    if not eot:  # a batch of requests is crafted as each is alone
+        alone = Crafter(attacked.model, attacked.processor, AttackCache(tmp_path / "alone"), defense).craft(jobs[1:])
+        assert alone[0].record["objective"][0] == pytest.approx(entries[1].record["objective"][0], abs=1e-3)
+
+
+def margin(subject, inputs, job):
+    prompt = {key: value for key, value in inputs.items() if key != "pixel_values"}
+    with torch.no_grad():
+        return float(AnswerLoss(subject.model, Ordinary(inputs), [prompt], [job.answer], kind="margin")(()))
+
+
+def test_attacks_on_an_encoder_decoder_are_refused(pictures):
+    subject = Subject("instructblip_t5")
+    inputs = subject.inputs(row_of(pictures[0]))
+    with pytest.raises(AttackError, match="encoder-decoder"):
+        AnswerLoss(subject.model, Ordinary(inputs), [inputs], [[5]], kind="ce")
+
+
+def test_tiles_cut_by_the_whole_processor_alone_are_not_guessed(pictures):
+    """InternVL's processor, not its image processor, asks for tiles."""
+    subject = Subject("internvl")
+    inputs = subject.inputs(row_of(pictures[1]))
+    renderer = Renderer(subject.processor.image_processor, torch.device("cpu"), torch.float32)
+    with pytest.raises(AttackError, match="does not reproduce"):
+        renderer.check(slots(pictures[1:2]), inputs, "pixel_values")
