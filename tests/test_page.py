@@ -150,7 +150,7 @@ def config_of(directory, settings):
 def test_settings_come_from_the_run(tmp_path):
     config = config_of(tmp_path, "sigma=0.3,noise_space=pixel,seed=5")
     assert (config.sigma, config.noise_space, config.seed, config.num_samples) == (0.3, "pixel", 5, 10)
-    with pytest.raises(SmoothGuardError, match="undefended run"):
+    with pytest.raises(SmoothGuardError, match="another run"):
         config_of(tmp_path, "defense=none")
     with pytest.raises(SmoothGuardError, match="no results file"):
         logged_defense(tmp_path / "nowhere")

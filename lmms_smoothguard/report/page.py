@@ -86,9 +86,9 @@ def logged_defense(directory: Path) -> SmoothGuardConfig:
         raise SmoothGuardError(f"no results file under {directory}; expected a run of lmms-eval with --output_path")
     text = json.loads(found[-1].read_text())["config"]["model_args"]
     arguments = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
-    config = take_options(arguments).defense
-    if config is None:
-        raise SmoothGuardError(f"{found[-1]} is of an undefended run ({text}); expected one with defense=smoothguard")
+    config = getattr(take_options(arguments).defense, "config", None)
+    if not isinstance(config, SmoothGuardConfig):
+        raise SmoothGuardError(f"{found[-1]} is of another run ({text}); expected one with defense=smoothguard")
     return config
 
 
