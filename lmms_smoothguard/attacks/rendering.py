@@ -44,9 +44,9 @@ class Renderer:
             if isinstance(value, torch.Tensor)
         }
 
-    def check(self, clean: Pictures, captured: Mapping[str, Any], key: str) -> float:
-        """The largest mean difference, over the requests, between the clean pictures rendered here and what the ordinary
-        path made of them, in normalised units. Raises AttackError where they are not the same picture."""
+    def check(self, clean: Pictures, captured: Mapping[str, Any], key: str) -> list[float]:
+        """Each request's mean difference between the clean pictures rendered here and what the ordinary path made of
+        them, in normalised units. Raises AttackError where they are not the same picture."""
         expected = captured[key].float()
         problem = ""
         for nested in (False, True):
@@ -59,10 +59,10 @@ class Renderer:
             if rendered.shape != expected.shape:
                 problem = f"shape {tuple(rendered.shape)} instead of {tuple(expected.shape)}"
                 continue
-            gap = float((rendered.float() - expected).abs().reshape(len(clean[0]), -1).mean(1).max())
-            if gap <= _TOO_FAR:
-                return gap
-            problem = f"{gap:.3g} off on average in one request, in normalised units"
+            gaps: list[float] = (rendered.float() - expected).abs().reshape(len(clean[0]), -1).mean(1).tolist()
+            if max(gaps) <= _TOO_FAR:
+                return gaps
+            problem = f"{max(gaps):.3g} off on average in one request, in normalised units"
         raise AttackError(
             f"the differentiable preprocessing does not reproduce {key}: {problem}. The caller preprocesses images in a "
             "way of its own, so an attack would be scored on other pixels than it was crafted on."
