@@ -255,7 +255,10 @@ def _pictures(rows: Sequence[Sequence[Image.Image]], device: torch.device) -> Pi
 @contextlib.contextmanager
 def _deterministic() -> Iterator[None]:
     """Deterministic kernels where there are any: some on a GPU sum in whatever order their threads arrive."""
-    enabled, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     if not enabled:
         torch.use_deterministic_algorithms(True, warn_only=True)
     try:
