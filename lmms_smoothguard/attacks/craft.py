@@ -1,14 +1,20 @@
-"""Crafts adversarial images for a list of jobs: cache first, the rest in batches of like shapes."""
+"""Crafts adversarial images for a list of jobs: cache first, the rest in batches of like shapes.
+
+An image is a function of its job alone, however jobs are batched, ordered, limited or sharded: no row of a batch is
+padded, and EOT noise is keyed by the job. What is left to chance is a kernel whose rounding depends on the batch size;
+on CPUs none was found (`docs/decisions.md`).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +25,7 @@ from PIL import Image
 from lmms_smoothguard import plugins
 from lmms_smoothguard.attacks.base import Attack, Pictures, distances
 from lmms_smoothguard.attacks.cache import FORMAT, AttackCache, Entry, content_key
-from lmms_smoothguard.attacks.objective import AnswerLoss, Perturb, answer_ids, token_axes
+from lmms_smoothguard.attacks.objective import AnswerLoss, Perturb, answer_ids
 from lmms_smoothguard.attacks.rendering import EXACT_ENOUGH, Renderer
 from lmms_smoothguard.attacks.settings import AttackSettings
 from lmms_smoothguard.config import SmoothGuardConfig
@@ -62,9 +68,11 @@ class Crafter:
         cache: AttackCache,
         defense: SmoothGuardConfig | None = None,
         batch_size: int = 32,
+        quiet: bool = False,
     ) -> None:
+        """`quiet`: no progress bar."""
         self._model, self._processor, self._cache, self._defense = model, processor, cache, defense
-        self._batch_size = batch_size
+        self._batch_size, self._quiet = batch_size, quiet
         self.fingerprint = model_fingerprint(model)
 
     def craft(self, jobs: Sequence[Job]) -> list[Entry]:
@@ -76,7 +84,12 @@ class Crafter:
             from tqdm import tqdm
 
             total = sum(job.settings.steps if job.settings.eps else 1 for job in missing.values())
-            with tqdm(total=total, desc=f"crafting {len(missing)} attacks", unit="step") as bar, _frozen(self._model):
+            title = f"crafting {len(missing)} attacks"
+            with (
+                tqdm(total=total, desc=title, unit="step", disable=self._quiet) as bar,
+                _frozen(self._model),
+                _deterministic(),
+            ):
                 for batch in self._batches(missing):
                     entries |= self._craft_batch({key: missing[key] for key in batch}, bar)
         return [entry for key in keys if (entry := entries[key]) is not None]
@@ -84,9 +97,9 @@ class Crafter:
     def _key(self, job: Job) -> str:
         noise = None
         if job.settings.eot:
-            if self._defense is None:
+            if not isinstance(self._defense, SmoothGuardConfig):
                 raise AttackError(
-                    f"attack_eot is {job.settings.eot}, but there is no defence whose noise could be averaged over; "
+                    f"attack_eot is {job.settings.eot}, but the defence has no noise that could be averaged over; "
                     "expected a run with defense=smoothguard"
                 )
             noise = [self._defense.sigma, self._defense.noise_space]
@@ -102,17 +115,16 @@ class Crafter:
         )
 
     def _batches(self, missing: Mapping[str, Job]) -> Iterator[list[str]]:
-        """Keys of jobs that can share a batch: the same settings, image sizes and input shapes."""
+        """Keys of jobs that can share a batch: the same settings, image sizes, input shapes and answer length.
+
+        A row padded to its longest neighbour would see other positions, so other last bits, and other gradient signs.
+        """
         groups: dict[Any, list[str]] = defaultdict(list)
         for key, job in missing.items():
-            axes = token_axes(self._model, job.inputs)
-            shapes = sorted(
-                (name, tuple("L" if axis == axes.get(name) else size for axis, size in enumerate(value.shape)))
-                for name, value in job.inputs.items()
-                if isinstance(value, torch.Tensor)
-            )
-            groups[(job.settings, tuple(image.size for image in job.images), tuple(shapes))].append(key)
-        for (settings, _, shapes), keys in groups.items():
+            shapes = sorted((k, tuple(v.shape)) for k, v in job.inputs.items() if isinstance(v, torch.Tensor))
+            sizes = tuple(image.size for image in job.images)
+            groups[(job.settings, sizes, len(job.answer), tuple(shapes))].append(key)
+        for (settings, *_, shapes), keys in groups.items():
             size = max(1, self._batch_size // max(1, settings.eot))
             if any(name in ("cross_attention_mask", "position_ids") for name, _ in shapes):
                 size = 1
@@ -126,12 +138,12 @@ class Crafter:
         renderer = Renderer(self._processor, device, first.inputs[_PIXELS].dtype)
         captured = {**first.inputs, _PIXELS: torch.cat([job.inputs[_PIXELS] for job in jobs.values()])}
         with torch.no_grad():
-            gap = renderer.check(clean, captured, _PIXELS)
-        if gap > EXACT_ENOUGH:
+            gaps = renderer.check(clean, captured, _PIXELS)
+        if max(gaps) > EXACT_ENOUGH:
             log.warning(
                 "the caller changes images before the model sees them (%.3g off on average, in normalised units; JPEG, "
                 "perhaps): the attack is crafted without that step and scored with it, so it is weaker than it could be",
-                gap,
+                max(gaps),
             )
         rendered = set(renderer(tuple(slot[:1] for slot in clean)))
         prompts = [
@@ -144,7 +156,7 @@ class Crafter:
             prompts,
             [job.answer for job in jobs.values()],
             kind=settings.loss if settings.target is None else "target",
-            perturb=self._perturbation(settings) if settings.eot else None,
+            perturb=self._perturbation(settings, jobs) if settings.eot else None,
             draws=settings.eot,
         )
         started, losses = time.perf_counter(), []
@@ -153,42 +165,53 @@ class Crafter:
             losses.append(value.float().cpu())
             bar.update(len(jobs))
 
-        attack: Attack = plugins.load("attacks", settings.name)(settings)
-        adversarial = attack.run(objective, clean, progress)
+        with plugins.blame("attacks", settings.name):
+            attack: Attack = plugins.load("attacks", settings.name)(settings)
+            adversarial = attack.run(objective, clean, progress)
+        apart = distances(adversarial, clean)
+        if (largest := max(distance[settings.norm] for distance in apart)) > settings.eps + 1e-6:
+            raise AttackError(
+                f"attack {settings.name!r} left its budget: {settings.norm} {largest:.4g}, expected at most {settings.eps:.4g}"
+            )
         seconds = (time.perf_counter() - started) / len(jobs)
         if not settings.eps:
             bar.update(len(jobs))
         entries = {}
-        for row, (key, distance) in enumerate(zip(jobs, distances(adversarial, clean), strict=True)):
+        for row, (key, distance) in enumerate(zip(jobs, apart, strict=True)):
             images = [(slot[row] * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy() for slot in adversarial]
             record = {
                 "attack": settings.to_dict(),
                 "model": self.fingerprint,
                 "noise": [self._defense.sigma, self._defense.noise_space] if settings.eot and self._defense else None,
                 **distance,
-                "rendering_gap": gap,
+                "rendering_gap": gaps[row],
                 "seconds": seconds,
                 "objective": [round(float(step[row]), 5) for step in losses],
             }
             entries[key] = self._cache.put(key, images, record)
         return entries
 
-    def _perturbation(self, settings: AttackSettings) -> Perturb:
-        """One draw of the defence's noise a call, from the attacker's own generator: evaluation seeds stay unseen."""
+    def _perturbation(self, settings: AttackSettings, keys: Collection[str]) -> Perturb:
+        """One draw of the defence's noise a call, keyed by the attacker's seed and each row's own key.
+
+        So a row's draws depend on no neighbour, and evaluation seeds stay unseen.
+        """
         assert self._defense is not None
         defense = self._defense
         statistics: PixelStatistics | None = None
         if defense.noise_space == "pixel":
             statistics = pixel_statistics(self._model, getattr(self._processor, "image_processor", self._processor))
-        generator = torch.Generator().manual_seed(_attacker_seed(settings.seed))
+        draws = itertools.count()
 
         def perturb(rendered: Mapping[str, torch.Tensor]) -> torch.Tensor:
             images = find_images(rendered, self._model.config)
             if images is None:
                 raise AttackError("the image processor rendered no pixels; expected pixel_values")
-            parts = []
-            for where in images.slices:
+            draw, parts, slots = next(draws), [], len(images.slices) // len(keys)
+            places = ((key, slot) for key in keys for slot in range(slots))
+            for where, (key, slot) in zip(images.slices, places, strict=True):
                 values = images.values[where]
+                generator = torch.Generator().manual_seed(_attacker_seed(settings.seed, key, slot, draw))
                 noise = images.layout.standard_noise(values.detach(), where, generator)
                 parts.append(add_noise(values, noise, images, defense.sigma, statistics))
             return torch.cat(parts)
@@ -223,8 +246,10 @@ def model_fingerprint(model: Any) -> str:
     return hasher.hexdigest()[:32]
 
 
-def _attacker_seed(seed: int) -> int:
-    return int.from_bytes(hashlib.blake2b(b"attacker|%d" % seed, digest_size=8).digest(), "big") >> 1
+def _attacker_seed(seed: int, key: str, slot: int, draw: int) -> int:
+    """`draw` counts all draws of a crafting: number step * attack_eot + n is the n-th of a step."""
+    place = b"attacker|%d|%b|%d|%d" % (seed, key.encode(), slot, draw)
+    return int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "big") >> 1
 
 
 def _pictures(rows: Sequence[Sequence[Image.Image]], device: torch.device) -> Pictures:
@@ -234,6 +259,21 @@ def _pictures(rows: Sequence[Sequence[Image.Image]], device: torch.device) -> Pi
         torch.from_numpy(np.stack([row[slot] for row in arrays])).permute(0, 3, 1, 2).contiguous().to(device)
         for slot in range(len(arrays[0]))
     )
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """Deterministic kernels where there are any: some on a GPU sum in whatever order their threads arrive."""
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    if not enabled:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 @contextlib.contextmanager

@@ -54,9 +54,9 @@ class Renderer:
             if isinstance(value, torch.Tensor) and (self._wanted is None or key in self._wanted)
         }
 
-    def check(self, clean: Pictures, captured: Mapping[str, Any], key: str) -> float:
-        """The largest mean difference, over the requests, between the clean pictures rendered here and what the ordinary
-        path made of them, in normalised units. Raises AttackError where they are not the same picture."""
+    def check(self, clean: Pictures, captured: Mapping[str, Any], key: str) -> list[float]:
+        """Each request's mean difference between the clean pictures rendered here and what the ordinary path made of
+        them, in normalised units. Raises AttackError where they are not the same picture."""
         expected = captured[key].float()
         self._wanted = frozenset(captured)  # processors keep counts of tiles and crops to themselves
         problem = ""
@@ -70,10 +70,10 @@ class Renderer:
             if rendered.shape != expected.shape:
                 problem = f"shape {tuple(rendered.shape)} instead of {tuple(expected.shape)}"
                 continue
-            gap = float((rendered.float() - expected).abs().reshape(len(clean[0]), -1).mean(1).max())
-            if gap <= _TOO_FAR:
-                return gap
-            problem = f"{gap:.3g} off on average in one request, in normalised units"
+            gaps: list[float] = (rendered.float() - expected).abs().reshape(len(clean[0]), -1).mean(1).tolist()
+            if max(gaps) <= _TOO_FAR:
+                return gaps
+            problem = f"{max(gaps):.3g} off on average in one request, in normalised units"
         raise AttackError(
             f"the differentiable preprocessing does not reproduce {key}: {problem}. The caller preprocesses images in a "
             "way of its own, so an attack would be scored on other pixels than it was crafted on."

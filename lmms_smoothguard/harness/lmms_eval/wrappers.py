@@ -27,7 +27,7 @@ from lmms_smoothguard.attacks.cache import AttackCache, Entry
 from lmms_smoothguard.attacks.craft import Crafter, Job, reference_answer
 from lmms_smoothguard.attacks.objective import answer_ids
 from lmms_smoothguard.errors import AttackError, ConfigError, UndefendableError, explain
-from lmms_smoothguard.harness.lmms_eval import ledger
+from lmms_smoothguard.harness.lmms_eval import ledger, sharding
 from lmms_smoothguard.harness.lmms_eval.instances import document_of, images_of, with_images
 from lmms_smoothguard.harness.lmms_eval.options import Options, TaskAttack, explain_leftover, take_options
 from lmms_smoothguard.harness.lmms_eval.recording import PlainPass, recorded
@@ -50,6 +50,11 @@ class SmoothGuardMixin:
     _sg_options: Options
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        sharding.guard_evaluator()
+        with sharding.all_or_none():
+            self._sg_init(args, kwargs)
+
+    def _sg_init(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._sg_options = take_options(kwargs)
         base_init = _parameters(type(self))
         explain_leftover(kwargs, [*base_init, "batch_size", "max_batch_size", "device"], self._sg_options.defense)
@@ -75,6 +80,10 @@ class SmoothGuardMixin:
             )
         return model
 
+    def _sg_quiet(self) -> bool:
+        """Progress bars are the first process's."""
+        return getattr(self, "rank", 0) != 0
+
     # -- what lmms-eval calls ------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
@@ -83,7 +92,7 @@ class SmoothGuardMixin:
 
         with _one_voice(type(self)):
             attacked = self._sg_attack(requests)
-            bar = tqdm(requests, desc="answering", unit="sample", disable=getattr(self, "rank", 0) != 0)
+            bar = tqdm(requests, desc="answering", unit="sample", disable=self._sg_quiet())
             return [self._sg_answer(attacked.get(id(request), request)) for request in bar]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> Any:
@@ -143,17 +152,16 @@ class SmoothGuardMixin:
         from tqdm import tqdm
 
         processor = _find_processor(self)
-        image_processor = getattr(processor, "image_processor", processor)
-        if image_processor is None:
+        if processor is None:
             raise AttackError(
                 f"{type(self).__name__} shows no processor; expected one to carry gradients to the pixels"
             )
         model, cache = self._sg_model(), AttackCache(self._sg_options.attack_cache)
-        defense = getattr(self._sg_options.defense, "config", None)
-        crafter = Crafter(model, image_processor, cache, defense, self._sg_options.attack_batch_size)
+        defense, quiet = getattr(self._sg_options.defense, "config", None), self._sg_quiet()
+        crafter = Crafter(model, processor, cache, defense, self._sg_options.attack_batch_size, quiet)
         tokenizer = getattr(processor, "tokenizer", None) or getattr(self, "tokenizer", None)
         jobs, plains = [], []
-        for request, attack in tqdm(todo, desc="clean answers", unit="sample", disable=getattr(self, "rank", 0) != 0):
+        for request, attack in tqdm(todo, desc="clean answers", unit="sample", disable=quiet):
             images = images_of(self, request)
             if not images:
                 raise AttackError(
