@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,9 @@ from lmms_smoothguard.choice import Choice, choose
 from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.defenses.request import Defended, Request, SmoothGuardOutput
 from lmms_smoothguard.errors import UndefendableError
+from lmms_smoothguard.inputs.fitting import misfits
+
+log = logging.getLogger(__name__)
 
 _UNSET: Any = object()
 _DEFENDING: Any = object()
@@ -43,6 +47,8 @@ def attach(model: Any, processor: Any) -> None:
     if image_processor is None and hasattr(processor, "image_mean"):
         image_processor = processor
     tokenizer = getattr(processor, "tokenizer", processor if hasattr(processor, "batch_decode") else None)
+    for sentence in misfits(model, tokenizer, image_processor):
+        log.warning("%s", sentence)
     for one in _with_wrapped(model):
         _attached[one] = (tokenizer, image_processor)
 

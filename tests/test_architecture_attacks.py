@@ -89,7 +89,7 @@ def test_gradients_reach_every_picture_through_the_processor(attacked, pictures)
     inputs = attacked.inputs(row_of(*chosen))
     renderer = Renderer(attacked.processor, torch.device("cpu"), torch.float32)
     clean = slots(chosen)
-    assert renderer.check(clean, inputs, "pixel_values") < EXACT_ENOUGH
+    assert max(renderer.check(clean, inputs, "pixel_values")) < EXACT_ENOUGH
     rendered = renderer(clean)
     assert set(rendered) <= set(inputs)  # nothing the model does not know
     prompt = {key: value for key, value in inputs.items() if key not in rendered}
@@ -118,9 +118,9 @@ def test_crafted_attacks_stay_in_their_budget_and_work_through_the_ordinary_path
         text = "What is it?" if job is jobs[0] else "Describe the image."
         again = attacked.inputs(row_of(*(Image.fromarray(made) for made in entry.images), text=text))
         assert margin(attacked, again, job) > margin(attacked, job.inputs, job)
-    if not eot:  # a batch of requests is crafted as each is alone
-        alone = Crafter(attacked.model, attacked.processor, AttackCache(tmp_path / "alone"), defense).craft(jobs[1:])
-        assert alone[0].record["objective"][0] == pytest.approx(entries[1].record["objective"][0], abs=1e-3)
+    # A request is crafted alone as it is beside others, the attacker's noise included.
+    alone = Crafter(attacked.model, attacked.processor, AttackCache(tmp_path / "alone"), defense).craft(jobs[1:])
+    assert alone[0].record["objective"] == pytest.approx(entries[1].record["objective"], abs=1e-3)
 
 
 def margin(subject, inputs, job):

@@ -14,9 +14,14 @@ import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
+from tiny_models import IMAGE_STD
+from tiny_models.subject import Subject, row_of
 
 import hf_integration
 from lmms_smoothguard.aggregation.verdict import aggregate
+from lmms_smoothguard.attacks.cache import AttackCache
+from lmms_smoothguard.attacks.craft import Crafter, Job
+from lmms_smoothguard.attacks.settings import AttackSettings
 from lmms_smoothguard.errors import SmoothGuardError
 from lmms_smoothguard.evaluation.runs import load_samples
 from lmms_smoothguard.tiny.model import MODEL_DIR, prompt
@@ -169,6 +174,23 @@ def test_8_every_image_is_noised_and_used(llava, images):
     noise = (pixels[1:] - pixels[:1]).std(dim=(0, 2, 3, 4))
     assert torch.allclose(noise, torch.full((2,), 0.1), rtol=0.02)
     assert any(ask(other)[0].texts != first.texts for other in images[2:6])
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_9_packed_patches_are_attacked_within_a_budget_in_pixels(name, images, tmp_path):
+    """There, the attack on Qwen cannot run, and its eps / 255 is in normalised units: here std is .2 to .35 of a pixel."""
+    subject = Subject(name)
+    chosen = (images[0].resize((84, 56)),)
+    inputs = subject.inputs(row_of(*chosen))
+    assert inputs["pixel_values"].ndim == 2
+    job = Job(AttackSettings(eps=4 / 255, steps=5), chosen, inputs, subject.answer(inputs, min_new_tokens=4))
+    (entry,) = Crafter(subject.model, subject.processor, AttackCache(tmp_path)).craft([job])
+    change = np.abs(entry.images[0].astype(int) - np.asarray(chosen[0]).astype(int))
+    assert change.max() == 4
+    assert entry.record["objective"][-1] > entry.record["objective"][0]
+    seen = subject.inputs(row_of(Image.fromarray(entry.images[0])))["pixel_values"]
+    moved = (seen - inputs["pixel_values"]).abs().max()
+    assert moved == pytest.approx(4 / 255 / min(IMAGE_STD), rel=0.05)
 
 
 def test_10_a_judge_sees_the_question_and_is_asked_once(monkeypatch):

@@ -209,12 +209,12 @@ def test_upstream_pope_under_attack_on_a_miniature(tmp_path):
 
 def test_an_exception_in_the_defence_surfaces(monkeypatch):
     """Upstream's wrapper logs an exception and scores an empty answer."""
-    from lmms_smoothguard.defenses import smoothguard as method
+    from lmms_smoothguard.defenses import Request
 
     def broken(*args, **kwargs):
         raise UndefendableError("the defence cannot act")
 
-    monkeypatch.setattr(method, "find_images", broken)
+    monkeypatch.setattr(Request, "images", broken)
     with pytest.raises(RuntimeError, match="the defence cannot act"):
         evaluate(["shapes_pope"], limit=2)
 
