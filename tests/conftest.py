@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small lose more by waiting for threads than they win
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # as in the lmms-eval wrappers
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest

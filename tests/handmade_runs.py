@@ -47,10 +47,10 @@ def write_runs(directory, count=12, answers=answers_of, warnings=(), num_samples
             "agreement": max(labels.count(label) for label in labels) / len(labels),
             "suspicion": sum(label != labels[0] for label in noisy) / len(noisy),
             "suspected": labels[0] != max(set(labels), key=labels.count),
-            "candidates": candidates, "labels": labels, "warnings": list(warnings),
+            "num_samples_used": len(candidates), "candidates": candidates, "labels": labels, "warnings": list(warnings),
         }  # fmt: skip
         unanimous = {"agreement": 1.0, "suspicion": 0.0, "suspected": False, "candidates": [right] * num_samples,
-                     "labels": [0] * num_samples, "warnings": []}  # fmt: skip
+                     "labels": [0] * num_samples, "warnings": [], "num_samples_used": num_samples}  # fmt: skip
         rows["plain", "shapes_pope"].append((document, right, {"seconds": 0.02}))
         rows["plain", "shapes_pope_pgd"].append((document, wrong, {"seconds": 0.02, **attack}))
         rows["smoothguard", "shapes_pope"].append((document, right, {"seconds": 0.05, **unanimous}))

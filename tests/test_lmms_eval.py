@@ -155,7 +155,7 @@ def test_adaptive_attack_goes_through_the_defence():
         ["shapes_pope_pgd"], limit=2, sigma=0.2, noise_space="pixel", num_samples=3, attack_eot=2, attack_steps=2
     )
     assert all(info["attack"]["eot"] == 2 for info in infos(found, "shapes_pope_pgd"))
-    with pytest.raises(AttackError, match="no defence"):
+    with pytest.raises(AttackError, match="the defence has no noise"):
         evaluate(["shapes_pope_pgd"], limit=2, defense="none", attack_eot=2, attack_steps=2)
 
 

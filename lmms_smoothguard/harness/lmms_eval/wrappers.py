@@ -50,6 +50,7 @@ class SmoothGuardMixin:
     _sg_options: Options
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        sharding.reproducible_sums()
         sharding.guard_evaluator()
         with sharding.all_or_none():
             self._sg_init(args, kwargs)
