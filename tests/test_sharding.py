@@ -136,7 +136,7 @@ def test_torchrun_gives_what_one_process_gives(tmp_path):
     cache = tmp_path / "two"
     others = {
         "lonely": ("shapes_pope_pgd", 1, arguments(attack_cache=cache, attack_steps=2, defense="none")),
-        "text": ("shapes_safety", 3, arguments(defense="none", attack_cache=cache)),
+        "clean": ("shapes_safety", 3, arguments(defense="none", attack_cache=cache)),
     }
     extra = [
         {"tasks": task, "limit": limit, "model_args": args, "output_path": str(tmp_path / name)}
@@ -180,7 +180,7 @@ def ranks(launcher):
 @pytest.mark.parametrize("again", ["one process", pytest.param("two processes", marks=pytest.mark.slow)])
 def test_a_killed_process_ends_the_run_and_the_next_goes_on(tmp_path, again):
     cache, limit = tmp_path / "cache", 8
-    settings = {"attack_steps": 150, "attack_batch_size": 1, "defense": "none"}
+    settings = {"attack_steps": 80, "attack_batch_size": 1, "defense": "none"}
     run = {
         "tasks": "shapes_pope_pgd", "limit": limit, "model_args": arguments(attack_cache=cache, **settings),
         "output_path": str(tmp_path / "out"),
