@@ -25,6 +25,7 @@ lint: $(INSTALLED)
 # Makes every result file that is missing under benchmarks/results, then the README's tables from all of them.
 results: $(INSTALLED)
 	$(BIN)/smoothguard results
+	test -e benchmarks/results/precision.json || $(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/readme_tables.py
 
 # What a defended answer costs on this machine, about six minutes on two cores; leave the machine alone meanwhile.

@@ -15,6 +15,7 @@ from typing import Any
 from lmms_smoothguard.report.demo import DEMO
 from lmms_smoothguard.report.tables import markdown_table
 from timing.table import markdown as costs
+from timing.table import parts_markdown
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -38,11 +39,14 @@ def stored(name: str) -> dict[str, Any]:
 def filled(text: str) -> str:
     """The README with every `<!-- table NAME -->` block made anew."""
     for group, names in GROUPS.items():
-        table = markdown_table([stored(name) for name in names], [stored(name) for name in BASELINES])
+        table = markdown_table(
+            [stored(name) for name in names], [stored(name) for name in BASELINES], times=group == "demo"
+        )
         text = _with_block(text, group, table)
     text = _with_block(text, "precision", _precision(stored("precision")["flips"]))
     measured = [name for name in ("bench", "bench_cuda") if (RESULTS / f"{name}.json").exists()]
-    return _with_block(text, "bench", costs(*map(stored, measured))) if measured else text
+    text = _with_block(text, "bench", costs(*map(stored, measured)))
+    return _with_block(text, "parts", parts_markdown(*map(stored, measured)))
 
 
 def _precision(flips: dict[str, Any]) -> str:

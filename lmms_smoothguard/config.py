@@ -27,7 +27,8 @@ class SmoothGuardConfig:
         published) or "pixel" ([0, 1] intensities, clipped to that range).
     embedder, aggregator: registered names; an embedder may also be a sentence-transformers id or a directory.
     early_stop: "off", "exact" (no further copies once they cannot change the answer) or an error rate such as 0.01: the
-        largest probability that the answer is not the one all N copies would have given.
+        largest probability that the answer is not the one all N copies would have given, for inputs made without
+        knowledge of the seed.
     seed: base seed of the noise; None draws fresh entropy for every request. Serve strangers with None: public noise
         is a fixed function that an attacker can optimise against.
     max_copies_per_batch: None = all at once, fewer after an out-of-memory error.

@@ -18,6 +18,8 @@ from lmms_smoothguard.inputs.statistics import PixelStatistics
 _SLACK, _STRAY = 0.05, 0.02
 """A resize without rounding overshoots [0, 1] by this much in this share of the values at most; beyond, the mean and std
 are not those that the pixels were normalised with."""
+_LARGEST_NORMALISED = 30.0
+"""(1 - mean) / std of the darkest, flattest statistics in use is below 5; grey levels reach 255."""
 
 
 def fresh_seed() -> int:
@@ -35,6 +37,11 @@ class NoiseSource:
         """
         if statistics is not None:
             _check_range(images, statistics)
+        elif (largest := float(images.values.abs().max())) > _LARGEST_NORMALISED:
+            raise UndefendableError(
+                f"the pixels reach {largest:.0f} and are not normalised, so sigma has no meaning in normalised units; expected "
+                "a processor that normalises, or at least rescales to [0, 1]"
+            )
         self._images, self._sigma, self._statistics = images, sigma, statistics
         self._seed = fresh_seed() if seed is None else seed
         self._identities = self._identify()

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib
 import importlib.metadata
 import logging
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pluggy
@@ -103,6 +105,17 @@ def load(kind: Kind, name: str, manager: pluggy.PluginManager | None = None) -> 
             f"{SINGULAR[kind]} {name!r} of {known[name].owner} cannot be loaded from {known[name].target}: "
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+def provenance(kind: Kind, name: str) -> str | None:
+    """Whose code is behind a name, down to its source; None for the built-ins, whose changes we account for ourselves."""
+    offer = offers(kind)[name]
+    if offer.owner == PROJECT:
+        return None
+    module = importlib.import_module(offer.target.partition(":")[0])
+    source = getattr(module, "__file__", None)
+    digest = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else ""
+    return f"{offer.owner} {offer.target} {digest}"
 
 
 @contextlib.contextmanager

@@ -178,3 +178,10 @@ def test_mean_pooling_ignores_padding():
     )
     embed = mean_pooled(model, tokenizer)
     np.testing.assert_allclose(embed(["no", "a red circle"])[0], embed(["no"])[0], atol=1e-5)
+
+
+def test_a_folder_does_not_take_a_registered_embedders_place(tmp_path, monkeypatch):
+    """`smoothguard train` itself writes a folder called model."""
+    (tmp_path / "lexical").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_embedder(EmbedderContext("lexical"))(["a", "b"]).shape[0] == 2

@@ -161,3 +161,16 @@ def test_mllama_rows_without_an_image_beside_rows_with_one_are_refused(pictures)
         subject.model.generate(**inputs, **SETTINGS)
     with pytest.raises(UndefendableError, match="aspect_ratio_ids has 1 entries, pixel_values 2"):
         subject.defended(inputs)
+
+
+def test_scores_of_an_encoder_decoder_start_with_its_first_decision(pictures):
+    """Its start token was not decided on."""
+    subject = Subject("instructblip_t5")
+    inputs = subject.inputs(row_of(pictures[0]))
+    settings = SETTINGS | {"return_dict_in_generate": True, "output_scores": True}
+    plain = subject.model.generate(**inputs, **settings)
+    out = subject.model.generate(**inputs, **settings, smoothguard={"sigma": 0.0, "num_samples": 3})
+    assert torch.equal(out.sequences, plain.sequences)
+    assert len(out.scores) == len(plain.scores)
+    for ours, theirs in zip(out.scores, plain.scores, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4)

@@ -48,6 +48,35 @@ def test_pixels_that_are_not_finite(llava, batch, value):
         model.generate(**inputs, smoothguard=True)
 
 
+def test_whole_numbers_as_pixels_are_refused(llava, batch):
+    """Noise of .1 would be rounded away: an answer as good as undefended."""
+    model, _ = llava
+    inputs = batch(0)
+    inputs["pixel_values"] = ((inputs["pixel_values"] + 1) * 127).to(torch.uint8)
+    with pytest.raises(UndefendableError, match="of type uint8; expected floating point"):
+        model.generate(**inputs, smoothguard=True)
+
+
+def test_grey_levels_as_normalised_pixels_are_refused(llava, batch):
+    model, _ = llava
+    inputs = batch(0)
+    inputs["pixel_values"] = (inputs["pixel_values"] + 1) * 127
+    with pytest.raises(UndefendableError, match="are not normalised"):
+        model.generate(**inputs, smoothguard=True)
+
+
+@pytest.mark.parametrize("kind", ["ChameleonConfig", "LlavaConfig"])
+def test_a_cache_of_any_multimodal_model_may_hide_an_image(kind):
+    import transformers
+
+    from lmms_smoothguard.inputs.media import find_images
+
+    inputs = {"input_ids": torch.ones(1, 3, dtype=torch.long), "past_key_values": transformers.DynamicCache()}
+    with pytest.raises(UndefendableError, match="never defended"):
+        find_images(inputs, getattr(transformers, kind)())
+    assert find_images(inputs, transformers.LlamaConfig()) is None
+
+
 @pytest.mark.parametrize("key", ["input_features", "input_values", "audio_values"])
 def test_audio_is_refused_with_the_reason(llava, batch, key):
     model, _ = llava

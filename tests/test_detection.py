@@ -6,6 +6,8 @@ import math
 
 import numpy as np
 import pytest
+import scipy.special
+import scipy.stats
 from scipy.stats import norm
 
 from lmms_smoothguard.evaluation.metrics import detection, detection_auroc, roc_points
@@ -116,3 +118,16 @@ def test_the_curve_encloses_the_auroc():
     assert len(points) == 6
     area = np.trapezoid([true for _, _, true in points], [false for _, false, _ in points])
     assert area == pytest.approx(detection_auroc(clean, attacked))
+
+
+def test_a_side_with_few_samples_counts_as_few():
+    """DeLong's variance with each side's own factor, and the degrees of freedom of the smaller side."""
+    generator = np.random.default_rng(0)
+    clean, attacked = generator.normal(size=4), generator.normal(1, size=60)
+    above = (attacked[None] > clean[:, None]).astype(float)
+    variance = above.mean(1).var(ddof=1) / 4 + above.mean(0).var(ddof=1) / 60
+    found = detection(clean.tolist(), attacked.tolist())
+    value = above.mean()
+    half = scipy.stats.t.ppf(0.975, 3) * variance**0.5 / (value * (1 - value))
+    assert found.auroc == pytest.approx(value)
+    assert scipy.special.logit(found.high) - scipy.special.logit(found.low) == pytest.approx(2 * half)

@@ -283,3 +283,32 @@ def test_the_plugin_never_breaks_lmms_eval(monkeypatch):
 
     monkeypatch.setattr(manifests, "_manifests", lambda: 1 / 0)
     assert manifests.manifests() == []
+
+
+@pytest.mark.parametrize("simple", [True, False])
+def test_media_of_any_form_count_as_media(simple):
+    """A path or a sound that a wrapper answers without a defended generate must not pass for text."""
+    from types import SimpleNamespace
+
+    from lmms_smoothguard.harness.lmms_eval.instances import has_media
+
+    wrapper = SimpleNamespace(is_simple=simple, task_dict={"task": {"test": [{}]}})
+
+    def request(visuals):
+        messages = [{"role": "user", "content": [*visuals, {"type": "text", "text": "?"}]}]
+        place = [lambda doc: visuals] if simple else [lambda doc: messages]
+        return SimpleNamespace(
+            args=("ctx", *([{}] if simple else []), *place, *([] if simple else [{}]), 0, "task", "test")
+        )
+
+    assert not has_media(wrapper, request([]))
+    assert has_media(wrapper, request(["a.png"] if simple else [{"type": "audio", "url": "a.wav"}]))
+
+
+def test_a_defence_whose_fields_are_the_models_arguments_is_refused(monkeypatch):
+    from lmms_smoothguard.errors import ConfigError
+    from lmms_smoothguard.harness.lmms_eval import options
+
+    monkeypatch.setattr(options, "field_names", lambda name: ("device", "width"))
+    with pytest.raises(ConfigError, match="'blur' has the fields device, which are the model's own"):
+        options.take_options({"defense": "blur", "device": "cpu"}, ["pretrained", "device"])

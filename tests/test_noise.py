@@ -164,3 +164,10 @@ def test_different_images_get_different_noise():
     values[1] = 0.5
     noise = source(chw(values, (0, 1))).copy(1) - values
     assert not torch.allclose(noise[0], noise[1], atol=1e-3)
+
+
+def test_positions_of_a_cache_belong_to_no_row():
+    inputs = {"input_ids": torch.ones(2, 4), "cache_position": torch.arange(4), "pixel_values": torch.zeros(2, 3, 4, 4)}
+    tiled = tile(inputs, [inputs["pixel_values"]] * 3, "pixel_values")
+    assert tiled["cache_position"].tolist() == [0, 1, 2, 3]
+    assert tiled["input_ids"].shape == (6, 4)

@@ -90,3 +90,17 @@ def test_unknown_and_unloadable_names():
     manager = plugins.build_manager([entry("thief", f"{__name__}:thief")])
     with pytest.raises(ConfigError, match=r"thief.*cannot be loaded"):
         plugins.load("embedders", "other", manager)
+
+
+def test_provenance_changes_with_the_code(tmp_path, monkeypatch):
+    """A cached attack is not taken for one of the same name by other code."""
+    module = tmp_path / "somebodys_attack.py"
+    module.write_text("class Mine: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = plugins.Offer("somebodys_attack:Mine", "somebody:x")
+    monkeypatch.setattr(plugins, "offers", lambda kind: {"mine": mine, "pgd": plugins.Offer("x:y", plugins.PROJECT)})
+    before = plugins.provenance("attacks", "mine")
+    assert "somebody:x" in before
+    module.write_text("class Mine: changed = True\n")
+    assert plugins.provenance("attacks", "mine") != before
+    assert plugins.provenance("attacks", "pgd") is None

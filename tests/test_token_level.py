@@ -13,6 +13,7 @@ from sklearn.cluster import KMeans
 
 from hf_integration import SmoothGuardLogitsProcessor
 from lmms_smoothguard.defenses.consensus import MERGE_DISTANCE, agree
+from lmms_smoothguard.defenses.streams import RowStreams
 from lmms_smoothguard.errors import UndefendableError
 from lmms_smoothguard.inputs.media import find_images
 from lmms_smoothguard.inputs.statistics import pixel_statistics
@@ -282,6 +283,86 @@ def test_a_streamer_for_batches_gets_what_an_undefended_generate_would_give(llav
     assert torch.equal(plain.prompt, defended.prompt)
     assert torch.equal(torch.stack(plain.tokens), torch.stack(defended.tokens))
     assert defended.ended == 1
+
+
+def test_sampled_tokens_are_streamed_and_the_stream_ends(llava, batch):
+    """transformers drops the streamer beside a `custom_generate`; a reader of it would wait for ever."""
+    model, processor = llava
+    inputs, tapes = batch(0, 1, question=DESCRIBE), [Tape(), Tape()]
+    torch.manual_seed(0)
+    out = generate(model, inputs, streamer=tapes, do_sample=True, temperature=0.7).sequences
+    for row, tape in enumerate(tapes):
+        tokens = torch.cat(tape.tokens)
+        assert torch.equal(tokens, out[row, inputs["input_ids"].shape[1] :][: len(tokens)])
+        assert tokens[-1] == processor.tokenizer.eos_token_id
+        assert tape.ended == 1
+
+
+@pytest.mark.parametrize("level", ["answer", "token"])
+def test_a_row_that_stops_without_an_end_token_gets_no_padding(llava, batch, level):
+    """Some rows stop at a comma while others go on."""
+    model, processor = llava
+    inputs, tapes = batch(*range(6), question=DESCRIBE), [Tape() for _ in range(6)]
+    kwargs = {"stop_strings": [","], "tokenizer": processor.tokenizer, "max_new_tokens": 12}
+    out = generate(
+        model, inputs, streamer=tapes, smoothguard=TOKEN | {"level": level, "sigma": 0.0}, **kwargs
+    ).sequences
+    pad = processor.tokenizer.pad_token_id
+    answers = out[:, inputs["input_ids"].shape[1] :].tolist()
+    end = processor.tokenizer.eos_token_id
+    assert any(pad in answer and end not in answer for answer in answers)  # or nothing was tested
+    for answer, tape in zip(answers, tapes, strict=True):
+        assert torch.cat(tape.tokens).tolist() == [token for token in answer if token != pad]
+        assert tape.ended == 1
+
+
+def test_an_encoder_decoders_start_token_does_not_end_its_stream():
+    """BART's decoder starts with the token that ends it."""
+    tape = Tape()
+    streams = RowStreams([tape], {2}, 1, together=False)
+    streams.replay(torch.tensor([[2, 0, 55, 66, 2]]), 1, [4])
+    assert tape.prompt.tolist() == [[2]]
+    assert torch.cat(tape.tokens).tolist() == [0, 55, 66, 2]
+    assert tape.ended == 1
+
+
+def test_stop_strings_and_scores_when_sampling(llava, batch):
+    model, processor = llava
+    inputs = batch(1, question=DESCRIBE)
+    kwargs = {"do_sample": True, "temperature": 0.5, "top_k": 7, "output_scores": True}
+    torch.manual_seed(0)
+    free = generate(model, inputs, **kwargs)
+    torch.manual_seed(0)
+    stopped = generate(model, inputs, stop_strings=[","], tokenizer=processor.tokenizer, **kwargs)
+    start = inputs["input_ids"].shape[1]
+    text = processor.decode(stopped.sequences[0, start:])
+    assert text.count(",") == 1
+    assert text.endswith(",")
+    assert torch.equal(free.sequences[0, : stopped.sequences.shape[1]], stopped.sequences[0])
+    assert len(free.scores) == free.sequences.shape[1] - start
+    for scores in free.scores:  # what was drawn from, not what was drawn
+        assert scores.shape[0] == 1
+        assert torch.isfinite(scores).sum() == 7
+
+
+def test_half_precision_around_it_does_not_reach_the_agreement():
+    p = torch.tensor([[[0.5001, 0.4999, 0.0]] * 3])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = agree(p)
+    assert found.probabilities.dtype == torch.float32
+    assert torch.allclose(found.probabilities[0], p[0, 0])
+
+
+def test_one_processor_for_several_requests_keeps_the_last_ones_votes(llava, batch):
+    model, _ = llava
+    processor = SmoothGuardLogitsProcessor(10)
+    lengths = []
+    for number in (0, 1):
+        out = model.generate(
+            **tiled(model, batch(number, question=DESCRIBE)), max_new_tokens=32, logits_processor=[processor]
+        )
+        lengths.append(out.shape[1] - batch(number, question=DESCRIBE)["input_ids"].shape[1])
+        assert len(processor.majorities) == lengths[-1]
 
 
 def test_tokens_are_streamed_as_they_arise(llava, batch, monkeypatch):

@@ -16,6 +16,28 @@ def markdown(*results: Mapping[str, Any]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+_PARTS = ("vision", "prefill", "decode", "noise", "aggregation", "rest")
+
+
+def parts_markdown(*results: Mapping[str, Any]) -> str:
+    """Where a defended answer's time goes, and when its first token comes: of every row that was looked into."""
+    headings = ("model", "new tokens", *_PARTS, "first token: plain", "answer level", "token level")
+    lines: list[tuple[str, ...]] = [headings, ("---",) * len(headings)]
+    for result in results:
+        for row in result["rows"]:
+            if "parts" not in row:
+                continue
+            shares = row["parts"]["smoothguard"]["shares"]
+            first = row.get("first_token_seconds", {})
+            waits = (
+                f"{1000 * first[variant]['value']:.0f} ms" if variant in first else "-"
+                for variant in ("plain", "smoothguard", "token")
+            )
+            cells = (f"{100 * shares[part]:.1f} %" for part in _PARTS)
+            lines.append((result["models"][row["model"]]["about"], _tokens(row), *cells, *waits))
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
 def _cells(model: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[str, ...]:
     exact = _ratio(row, "exact early stop : plain")
     if exact != "-":

@@ -30,9 +30,9 @@ class EmbedderContext(NamedTuple):
 def load_embedder(context: EmbedderContext) -> Embed:
     """The embedder of that name: registered, a directory, or `sentence-transformers/<id>`. Raises ConfigError."""
     name = context.name
-    if name.startswith("sentence-transformers/") or Path(name).is_dir():
-        return sentence_transformer(context)
     known = plugins.offers("embedders")
+    if name not in known and (name.startswith("sentence-transformers/") or Path(name).is_dir()):
+        return sentence_transformer(context)
     if name not in known:
         raise ConfigError(
             f"unknown embedder {name!r}; {did_you_mean(name, known)}, sentence-transformers/<id>, or a directory"

@@ -106,6 +106,7 @@ class Crafter:
         return content_key(
             format=FORMAT,
             settings=job.settings.to_dict(),
+            code=plugins.provenance("attacks", job.settings.name),
             model=self.fingerprint,
             noise=noise,
             answer=list(job.answer),

@@ -35,11 +35,12 @@ def agree(
     times sqrt 2, over the union of each copy's top 64 tokens, started from copy 0 and the copy farthest from it. The
     larger cluster wins; a tie goes to the one with more noisy copies, then to the one with the lowest copy.
     """
-    roots = _compared_tokens(probabilities)
-    gram = (roots @ roots.transpose(1, 2)).double().cpu()
-    majority = _majority(gram, clean_first, merge_distance).to(probabilities.device)
-    weights = majority / majority.sum(1, keepdim=True)
-    mean = (weights[:, None].to(probabilities.dtype) @ probabilities)[:, 0]
+    with torch.autocast(probabilities.device.type, enabled=False):  # half precision would make ties of near ties
+        roots = _compared_tokens(probabilities)
+        gram = (roots @ roots.transpose(1, 2)).double().cpu()
+        majority = _majority(gram, clean_first, merge_distance).to(probabilities.device)
+        weights = majority / majority.sum(1, keepdim=True)
+        mean = (weights[:, None].to(probabilities.dtype) @ probabilities)[:, 0]
     return Agreement(mean, majority)
 
 
@@ -83,7 +84,7 @@ class SmoothGuardLogitsProcessor(LogitsProcessor):
     """Replaces the scores of all N copies of a group by the logarithm of what their majority says.
 
     For greedy and beam search on a copy-major batch; sampling would draw for every copy apart, so it needs
-    `draw_together` behind all other processors. Keeps, per step, who was in the majority.
+    `DrawTogether` behind all other processors. Keeps, per step of the last request, who was in the majority.
 
     Raises UndefendableError when the batch is no multiple of N or the copies of a group have come apart.
     """
@@ -92,6 +93,7 @@ class SmoothGuardLogitsProcessor(LogitsProcessor):
         self.num_samples, self.include_clean, self.merge_distance = num_samples, include_clean, merge_distance
         self.majorities: list[torch.Tensor] = []
         """One (groups, N) bool tensor a step."""
+        self._length = -1
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """(N * groups, length) ids and (N * groups, vocabulary) scores -> scores of the same shape."""
@@ -108,6 +110,9 @@ class SmoothGuardLogitsProcessor(LogitsProcessor):
                 "copy was sampled by itself. Expected equal prompts and greedy or beam search; for sampling use "
                 "generate(..., smoothguard={'level': 'token'})"
             )
+        if input_ids.shape[1] != self._length + 1:
+            self.majorities = []  # another request
+        self._length = input_ids.shape[1]
         grouped = scores.float().view(self.num_samples, -1, vocabulary).transpose(0, 1)
         found = agree(grouped.softmax(-1), clean_first=self.include_clean, merge_distance=self.merge_distance)
         self.majorities.append(found.majority.cpu())
@@ -116,24 +121,45 @@ class SmoothGuardLogitsProcessor(LogitsProcessor):
 
 
 class _DrawOnce(LogitsProcessor):
-    """Samples one token a group from warped scores and leaves every copy no other choice."""
+    """Samples one token a group from warped scores and leaves every copy no other choice; keeps the scores if asked."""
 
-    def __init__(self, num_samples: int) -> None:
-        self._num_samples = num_samples
+    def __init__(self, num_samples: int, keep: list[torch.Tensor] | None) -> None:
+        self._num_samples, self._keep = num_samples, keep
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         groups = scores[: scores.shape[0] // self._num_samples]
+        if self._keep is not None:
+            self._keep.append(groups.clone())
         drawn = torch.multinomial(groups.float().softmax(-1), 1)
         only = torch.full_like(groups, float("-inf")).scatter(1, drawn, 0.0)
         return only.repeat(self._num_samples, 1)  # type: ignore[return-value]
 
 
-def draw_together(num_samples: int) -> Any:
-    """A `custom_generate` for sampling: stock decoding with one draw a group, after every warper."""
+class DrawTogether:
+    """A `custom_generate` for sampling: stock decoding with one draw a group, after every warper.
 
-    def decode(model: Any, input_ids: torch.LongTensor, logits_processor: Any, **kwargs: Any) -> Any:
-        return model._sample(
-            input_ids, logits_processor=type(logits_processor)([*logits_processor, _DrawOnce(num_samples)]), **kwargs
-        )
+    transformers drops what it does not find in a callable's signature, so the streamer and `synced_gpus` come along here.
+    `scores`: one (groups, vocabulary) tensor a step, what was drawn from, where `keep_scores`.
+    """
 
-    return decode
+    def __init__(self, num_samples: int, streamer: Any, synced_gpus: bool, *, keep_scores: bool) -> None:
+        self._num_samples, self._streamer, self._synced_gpus = num_samples, streamer, synced_gpus
+        self.scores: list[torch.Tensor] | None = [] if keep_scores else None
+
+    def __call__(self, model: Any, input_ids: torch.LongTensor, logits_processor: Any, **kwargs: Any) -> Any:
+        together = type(logits_processor)([*logits_processor, _DrawOnce(self._num_samples, self.scores)])
+        kwargs = {"streamer": self._streamer, "synced_gpus": self._synced_gpus, **kwargs}
+        return model._sample(input_ids, logits_processor=together, **kwargs)
+
+
+def synced_gpus(model: Any, asked: bool | None) -> bool:
+    """Whether all processes have to decode equally long, as transformers decides it."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+    from transformers.integrations.fsdp import is_fsdp_managed_module
+
+    if asked is not None:
+        return asked
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not several or torch.distributed.get_world_size() < 2:
+        return False
+    return bool(is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))

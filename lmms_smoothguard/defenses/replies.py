@@ -26,7 +26,7 @@ class Replies:
         self.rows, self.copies, self.prompt = rows, 0, 0
         self._request = request
         self._ends = request.end_tokens()
-        self._decodes = request.tokenizer is not None
+        self._decodes = [request.tokenizer is not None] * rows
         self._outputs: list[Any] = []
         self._home: list[tuple[int, int]] = []  # of each copy: its output, its first row there
         self._candidates: list[list[tuple[int, ...]]] = [[] for _ in range(rows)]
@@ -42,13 +42,14 @@ class Replies:
             )
         self.prompt = self._prompt_length(sequences)
         answers = [self._trim(row) for row in sequences[:, self.prompt :].tolist()]
-        for row in range(self.rows):
-            self._candidates[row] += answers[row :: self.rows]
-        self._decodes = self._decodes and all_known(self._request.tokenizer, answers)
-        if self._decodes:
+        texts: list[str] = []
+        if self._request.tokenizer is not None:
             texts = self._request.tokenizer.batch_decode([list(a) for a in answers], skip_special_tokens=True)
-            for row in range(self.rows):
-                self._texts[row] += texts[row :: self.rows]
+        for row in range(self.rows):
+            own = answers[row :: self.rows]
+            self._candidates[row] += own
+            self._texts[row] += texts[row :: self.rows]
+            self._decodes[row] = self._decodes[row] and all_known(self._request.tokenizer, own)
         self._home += [(len(self._outputs), copy * self.rows) for copy in range(copies)]
         self._outputs.append(output)
         self.copies += copies
@@ -59,13 +60,22 @@ class Replies:
 
     def texts(self, row: int) -> Sequence[str] | None:
         """The same decoded; None where no tokenizer is known, or one that does not know what was said."""
-        return self._texts[row] if self._decodes else None
+        return self._texts[row] if self._decodes[row] else None
 
     def comparable(self, row: int) -> Sequence[str]:
         """Texts, or token ids where there are none."""
-        if self._decodes:
+        if self._decodes[row]:
             return self._texts[row]
         return [" ".join(map(str, candidate)) for candidate in self._candidates[row]]
+
+    @property
+    def start(self) -> int:
+        """Tokens at the beginning of a sequence that are no answer: the prompt, or an encoder-decoder's start token."""
+        return self.prompt or int(is_encoder_decoder(self._request.model.config))
+
+    def lengths(self, sequences: torch.Tensor) -> list[int]:
+        """Of each row of `output`, the tokens of the answer after `start`, up to and with its end."""
+        return [self._length(row) - (self.start - self.prompt) for row in sequences[:, self.prompt :].tolist()]
 
     # -- what the caller gets ------------------------------------------------------------------------------------------
 
@@ -95,9 +105,11 @@ class Replies:
     def _steps(self, name: str, picked: Sequence[tuple[Any, int]], width: int) -> Any:
         if self._request.setting("num_beams", 1) != 1:
             return None
+        first = picked[0][0]  # an encoder-decoder's start token, or given tokens, were not decided on
+        given = _sequences(first).shape[1] - self.prompt - len(first[name])
         return tuple(
             torch.stack([out[name][min(step, len(out[name]) - 1)][index] for out, index in picked])
-            for step in range(width)
+            for step in range(width - given)
         )
 
     def _picked(self, copy: int, row: int) -> tuple[Any, int]:

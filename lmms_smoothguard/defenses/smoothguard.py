@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -35,13 +36,15 @@ def defend(request: Request, config: SmoothGuardConfig) -> Defended | None:
     rows = request.user_rows()
     if not images.slices or rows == 0:
         raise UndefendableError("the batch is empty; expected at least one row and one image")
-    streams = row_streams(request.arguments.get("streamer"), rows, request.end_tokens())
+    pad = request.setting("pad_token_id")
+    streams = row_streams(request.arguments.get("streamer"), rows, request.end_tokens(), pad)
     if config.level == "token":
         return _by_token(request, config, images, rows, streams)
     replies, verdicts = _by_answer(request, config, images, rows)
     output = replies.output([verdict.chosen for verdict in verdicts], verdicts)
     if streams is not None:  # streaming before the vote would show what the vote may reject
-        streams.replay(output if isinstance(output, torch.Tensor) else output.sequences, replies.prompt)
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        streams.replay(sequences, replies.start, replies.lengths(sequences))
     return Defended(output, verdicts)
 
 
@@ -144,7 +147,7 @@ def _by_token(
     request: Request, config: SmoothGuardConfig, images: Images, rows: int, streams: RowStreams | None
 ) -> Defended:
     """All copies in lock-step, one sequence a row; `streams` get its tokens as they arise."""
-    from lmms_smoothguard.defenses.consensus import SmoothGuardLogitsProcessor, draw_together
+    from lmms_smoothguard.defenses.consensus import SmoothGuardLogitsProcessor
 
     noise = _noise(request, config, images)
     agreeing = SmoothGuardLogitsProcessor(config.num_samples, include_clean=config.include_clean)
@@ -152,16 +155,13 @@ def _by_token(
     arguments["logits_processor"] = [*(arguments.get("logits_processor") or []), agreeing]
     if streams is not None:
         arguments["streamer"] = FirstRows(streams, rows)
-    if request.setting("do_sample", False):
-        if request.setting("num_beams", 1) > 1 or arguments.get("custom_generate") is not None:
-            raise UndefendableError(
-                "level is 'token' with sampling in beams or a custom_generate; expected plain sampling, greedy decoding or "
-                "beams without sampling, or level='answer'"
-            )
-        arguments["custom_generate"] = draw_together(config.num_samples)
+    drawing = _draw_together(request, config, arguments) if request.setting("do_sample", False) else None
     copies = [_copy(noise, images, number, config) for number in range(config.num_samples)]
     replies = Replies(request, rows)
-    replies.add(request.generate(**tile(arguments, copies, images.key)), config.num_samples)
+    output = request.generate(**tile(arguments, copies, images.key))
+    if drawing is not None and drawing.scores is not None and not isinstance(output, torch.Tensor):
+        output.scores = tuple(drawing.scores)  # what was drawn from, where generate has what was drawn
+    replies.add(output, config.num_samples)
     if not agreeing.majorities or any(len(set(replies.candidates(row))) > 1 for row in range(rows)):
         raise UndefendableError(
             f"generate() of {type(request.model).__name__} does not follow its logits_processor, so the copies did not agree "
@@ -171,6 +171,43 @@ def _by_token(
     votes = votes[:, :: votes.shape[1] // rows]
     verdicts = [_token_verdict(request, config, replies, row, votes[:, row]) for row in range(rows)]
     return Defended(replies.output([0] * rows, verdicts), verdicts)
+
+
+def _draw_together(request: Request, config: SmoothGuardConfig, arguments: dict[str, Any]) -> Any:
+    """Sets up sampling of one token a row for all its copies; changes `arguments`."""
+    from lmms_smoothguard.defenses.consensus import DrawTogether, synced_gpus
+
+    if request.setting("num_beams", 1) > 1 or arguments.get("custom_generate") is not None:
+        raise UndefendableError(
+            "level is 'token' with sampling in beams or a custom_generate; expected plain sampling, greedy decoding or "
+            "beams without sampling, or level='answer'"
+        )
+    if request.setting("stop_strings") or request.setting("token_healing"):
+        _stop_by_criterion(request, arguments)
+    drawing = DrawTogether(
+        config.num_samples,
+        arguments.get("streamer"),
+        synced_gpus(request.model, arguments.get("synced_gpus")),
+        keep_scores=bool(request.setting("output_scores", False)),
+    )
+    arguments["custom_generate"] = drawing
+    return drawing
+
+
+def _stop_by_criterion(request: Request, arguments: dict[str, Any]) -> None:
+    """Stop strings as a criterion of ours: beside a `custom_generate`, generate loses the tokenizer they need."""
+    from transformers import StoppingCriteriaList, StopStringCriteria
+
+    strings = request.setting("stop_strings")
+    if request.tokenizer is None or request.setting("token_healing") or request.model.generation_config.stop_strings:
+        raise UndefendableError(
+            "level is 'token' with sampling and token_healing, stop_strings in the model's own generation config, or "
+            "stop_strings without a tokenizer; expected stop_strings and tokenizer in the call, or level='answer'"
+        )
+    strings = [strings] if isinstance(strings, str) else list(strings)
+    criteria = arguments.get("stopping_criteria") or []
+    arguments["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(request.tokenizer, strings)])
+    arguments["stop_strings"] = None
 
 
 def _token_verdict(

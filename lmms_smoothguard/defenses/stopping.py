@@ -32,7 +32,7 @@ def exact(answers: Sequence[str], total: int) -> bool:
 def at_error_rate(answers: Sequence[str], total: int, *, alpha: float) -> bool:
     """`exact`, or a sequential test that copy 0's answer will have more than half of all copies.
 
-    The noisy copies are exchangeable, so the number of matches among those seen is hypergeometric. If K of the
+    The noisy copies are exchangeable for whoever does not know the seed of the noise, so the number of matches among those seen is hypergeometric. If K of the
     M = N - 1 others match copy 0 and that is too few for a majority, the likelihood ratio of a fixed mixture of larger K
     against the likeliest such K is an e-process: the probability that it EVER reaches 1 / alpha is at most alpha (Ville).
     Copy 0 is the reference because it is chosen without looking at the others; under attack, where it is the poisoned

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from lmms_smoothguard.errors import UndefendableError
 
 
-def row_streams(streamer: Any, rows: int, ends: Collection[int]) -> RowStreams | None:
+def row_streams(streamer: Any, rows: int, ends: Collection[int], pad: int | None = None) -> RowStreams | None:
     """The streams of a request's `streamer`: one for a batch of one, a list with one a row, or one that takes batches.
 
     Raises UndefendableError where rows and streamers do not fit, before anything is answered.
@@ -20,7 +20,7 @@ def row_streams(streamer: Any, rows: int, ends: Collection[int]) -> RowStreams |
     if isinstance(streamer, list | tuple):
         if len(streamer) != rows:
             raise UndefendableError(f"{len(streamer)} streamers were given for {rows} rows; expected one a row")
-        return RowStreams(list(streamer), ends, together=False)
+        return RowStreams(list(streamer), ends, pad, together=False)
     from transformers.generation.streamers import TextStreamer
 
     if rows != 1 and isinstance(streamer, TextStreamer):
@@ -28,19 +28,20 @@ def row_streams(streamer: Any, rows: int, ends: Collection[int]) -> RowStreams |
             f"a {type(streamer).__name__} takes one row, the request has {rows}; expected a batch of one, or a list of "
             f"{rows} streamers, one a row"
         )
-    return RowStreams([streamer], ends, together=True)
+    return RowStreams([streamer], ends, pad, together=True)
 
 
 class RowStreams:
     """Hands on what a batch of copies produces: the first rows, one a user row. A streamer in transformers' sense.
 
     `together`: one streamer gets all rows, as from an undefended `generate`; else each row has a streamer of its own,
-    which ends with the row.
+    which ends with the row and gets no padding.
     """
 
-    def __init__(self, streamers: list[Any], ends: Collection[int], *, together: bool) -> None:
-        self._streamers, self._ends, self._together = streamers, ends, together
+    def __init__(self, streamers: list[Any], ends: Collection[int], pad: int | None, *, together: bool) -> None:
+        self._streamers, self._ends, self._pad, self._together = streamers, ends, pad, together
         self._open = [True] * len(streamers)
+        self._held: list[list[torch.Tensor]] = [[] for _ in streamers]  # padding, unless something follows
 
     def put(self, value: torch.Tensor) -> None:
         """(rows, tokens) of the prompt, or (rows,) of a step; further rows are copies and are left out."""
@@ -48,10 +49,18 @@ class RowStreams:
             self._streamers[0].put(value)
             return
         for row, streamer in enumerate(self._streamers):
-            if self._open[row]:
-                streamer.put(value[row : row + 1])
-                if value.ndim == 1 and int(value[row]) in self._ends:
-                    self._close(row)
+            if not self._open[row]:
+                continue
+            token = value[row : row + 1]
+            if value.ndim == 1 and int(token) == self._pad and self._pad not in self._ends:
+                self._held[row].append(token)
+                continue
+            for held in self._held[row]:
+                streamer.put(held)
+            self._held[row] = []
+            streamer.put(token)
+            if value.ndim == 1 and int(token) in self._ends:
+                self._close(row)
 
     def end(self) -> None:
         """Ends what is still open."""
@@ -59,12 +68,15 @@ class RowStreams:
             if self._open[row]:
                 self._close(row)
 
-    def replay(self, sequences: torch.Tensor, prompt: int) -> None:
-        """An answer that is known already: (rows, prompt + tokens)."""
-        if prompt:
-            self.put(sequences[:, :prompt].cpu())
-        for step in sequences[:, prompt:].T.cpu():
+    def replay(self, sequences: torch.Tensor, start: int, lengths: Sequence[int]) -> None:
+        """Answers that are known already: (rows, tokens), the first `start` of them no part of the answer; `lengths` of
+        all that comes after, for each row."""
+        self.put(sequences[:, :start].cpu())
+        for number, step in enumerate(sequences[:, start:].T.cpu()):
             self.put(step)
+            for row, length in enumerate(lengths):
+                if not self._together and self._open[row] and number + 1 >= length:
+                    self._close(row)
         self.end()
 
     def _close(self, row: int) -> None:

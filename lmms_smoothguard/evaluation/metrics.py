@@ -123,12 +123,13 @@ def detection(
     if not clean or not attacked:
         return Detection(value, value, value, len(clean), len(attacked), len(numbers))
     # Each sample's share in AUROC's deviation; those of one group add up before they are squared.
-    parts = np.zeros(len(numbers))
-    for groups, shares in zip((clean_groups, attacked_groups), _placements(clean, attacked), strict=True):
-        np.add.at(parts, [numbers[group] for group in groups], (shares - value) / len(shares))
-    low, high = _logit_interval(value, parts)
-    if np.isclose(parts, 0, atol=1e-12).all():
-        pairs = max(1, min(len(set(clean_groups)), len(set(attacked_groups)), len(numbers) // 2))
+    parts = np.zeros((2, len(numbers)))
+    for part, groups, shares in zip(parts, (clean_groups, attacked_groups), _placements(clean, attacked), strict=True):
+        np.add.at(part, [numbers[group] for group in groups], (shares - value) / len(shares))
+    kinds = len(set(clean_groups)), len(set(attacked_groups))
+    low, high = _logit_interval(value, parts, kinds)
+    if np.isclose(parts.sum(0), 0, atol=1e-12).all():
+        pairs = max(1, min(*kinds, len(numbers) // 2))
         low, high = Rate(round(value * pairs), pairs).interval
     return Detection(value, low, high, len(clean), len(attacked), len(numbers))
 
@@ -144,15 +145,17 @@ def _placements(clean: Sequence[float], attacked: Sequence[float]) -> tuple[np.n
     return 1 - below_clean / len(attacked), below_attacked / count
 
 
-def _logit_interval(value: float, parts: np.ndarray) -> tuple[float, float]:
+def _logit_interval(value: float, parts: np.ndarray, kinds: tuple[int, int]) -> tuple[float, float]:
+    """parts: (2, groups), clean and attacked samples' deviations; kinds: groups that have samples of each kind."""
     from scipy.special import expit, logit
     from scipy.stats import t
 
-    groups = len(parts)
-    if groups < 2 or not 0 < value < 1:
+    groups, fewest = parts.shape[1], min(kinds)
+    if fewest < 2 or not 0 < value < 1:
         return 0.0, 1.0
-    variance = float(parts @ parts) * groups / (groups - 1)
-    half = t.ppf(0.975, groups - 1) * variance**0.5 / (value * (1 - value))
+    own = sum(float(part @ part) * count / (count - 1) for part, count in zip(parts, kinds, strict=True))
+    variance = max(0.0, own + 2 * float(parts[0] @ parts[1]) * groups / (groups - 1))
+    half = t.ppf(0.975, fewest - 1) * variance**0.5 / (value * (1 - value))
     return float(expit(logit(value) - half)), float(expit(logit(value) + half))
 
 

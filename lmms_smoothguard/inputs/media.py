@@ -81,6 +81,11 @@ def find_images(inputs: Mapping[str, Any], config: Any) -> Images | None:
         raise UndefendableError(
             f"{key} is a {type(values).__name__}; expected one tensor. Lists of tensors have no known layout."
         )
+    if not values.is_floating_point():
+        raise UndefendableError(
+            f"{key} is of type {str(values.dtype).removeprefix('torch.')}; expected floating point, or noise is rounded away. "
+            "Let the processor rescale and normalise."
+        )
     if not torch.isfinite(values).all():
         raise UndefendableError(
             f"{key} holds NaN or Inf; expected finite pixels. Check the image and its preprocessing."
@@ -101,7 +106,9 @@ def _is_continuous(value: Any) -> bool:
 
 
 def _is_multimodal(config: Any) -> bool:
-    return any(getattr(config, name, None) is not None for name in ("vision_config", "audio_config", "vision_tower"))
+    names = ("vision_config", "audio_config", "vision_tower", "vq_config", "thinker_config", "encoder", "image_token_id",
+             "image_token_index", "audio_token_id")  # fmt: skip
+    return any(getattr(config, name, None) is not None for name in names)
 
 
 def _layout_of(

@@ -24,7 +24,11 @@ def _controls() -> frozenset[str]:
         "inputs",
         "kwargs",
     }
-    return frozenset(parameters | set(GenerationConfig().to_dict()) | {"tokenizer", "assistant_tokenizer", "use_cache"})
+    return frozenset(
+        parameters
+        | set(GenerationConfig().to_dict())
+        | {"tokenizer", "assistant_tokenizer", "use_cache", "cache_position"}
+    )
 
 
 def _for_every_copy(allowed: Callable[[int, Any], Any], rows: int) -> Callable[[int, Any], Any]:

@@ -90,7 +90,10 @@ def _percent(value: dict[str, float]) -> str:
     return f"{100 * value['value']:.1f} % ({100 * value['low']:.1f}-{100 * value['high']:.1f})"
 
 
-def markdown_table(rows: Sequence[dict[str, Any]], baselines: Sequence[dict[str, Any]] = ()) -> str:
-    """The same table in Markdown."""
+def markdown_table(
+    rows: Sequence[dict[str, Any]], baselines: Sequence[dict[str, Any]] = (), *, times: bool = True
+) -> str:
+    """The same table in Markdown, with or without the columns of time."""
+    width = len(HEADINGS) if times else len(HEADINGS) - 2
     lines = [HEADINGS, ("---",) * len(HEADINGS), *table_rows(rows, baselines)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return "\n".join("| " + " | ".join(cells[:width]) + " |" for cells in lines)

@@ -47,10 +47,17 @@ class Options:
         return TaskAttack(AttackSettings.parse(self.attack, AttackSettings.parse(fields)), **places)
 
 
-def take_options(kwargs: dict[str, Any]) -> Options:
-    """Takes our keys out of a wrapper's keyword arguments. Raises ConfigError for one that is misspelt."""
+def take_options(kwargs: dict[str, Any], accepted: Sequence[str] = ()) -> Options:
+    """Takes our keys out of a wrapper's keyword arguments, of which it accepts those named.
+
+    Raises ConfigError for one that is misspelt, and for a defence whose fields are named as the wrapper's arguments.
+    """
     name = kwargs.pop("defense", DEFAULT)
     ours = _fields_of(name)
+    if name not in (None, "none", DEFAULT) and (shared := sorted(set(ours) & set(accepted))):
+        raise ConfigError(
+            f"defence {name!r} has the fields {', '.join(shared)}, which are the model's own arguments; expected other names"
+        )
     taken = {key: parse_scalar(kwargs.pop(key)) for key in list(kwargs) if key in ours}
     defense = choose({"defense": name, **taken})
     attack: dict[str, Any] = {}

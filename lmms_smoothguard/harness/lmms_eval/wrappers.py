@@ -28,7 +28,7 @@ from lmms_smoothguard.attacks.craft import Crafter, Job, reference_answer
 from lmms_smoothguard.attacks.objective import answer_ids
 from lmms_smoothguard.errors import AttackError, ConfigError, UndefendableError, explain
 from lmms_smoothguard.harness.lmms_eval import ledger, sharding
-from lmms_smoothguard.harness.lmms_eval.instances import document_of, images_of, with_images
+from lmms_smoothguard.harness.lmms_eval.instances import document_of, has_media, images_of, with_images
 from lmms_smoothguard.harness.lmms_eval.options import Options, TaskAttack, explain_leftover, take_options
 from lmms_smoothguard.harness.lmms_eval.recording import PlainPass, recorded
 
@@ -56,9 +56,10 @@ class SmoothGuardMixin:
             self._sg_init(args, kwargs)
 
     def _sg_init(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._sg_options = take_options(kwargs)
         base_init = _parameters(type(self))
-        explain_leftover(kwargs, [*base_init, "batch_size", "max_batch_size", "device"], self._sg_options.defense)
+        accepted = [*base_init, "batch_size", "max_batch_size", "device"]
+        self._sg_options = take_options(kwargs, accepted)
+        explain_leftover(kwargs, accepted, self._sg_options.defense)
         if not torch.cuda.is_available():  # upstream's defaults, "cuda" and "", do not work on a CPU
             if "device" in base_init:
                 kwargs["device"] = "cpu" if str(kwargs.get("device") or "cuda").startswith("cuda") else kwargs["device"]
@@ -121,7 +122,7 @@ class SmoothGuardMixin:
         text, counts, seen = self._sg_base(request)
         info["seconds"] = time.perf_counter() - started
         if self._sg_options.defense is not None:
-            if not seen.defended and images_of(self, request):
+            if not seen.defended and has_media(self, request):
                 raise UndefendableError(
                     f"{type(self).__name__} answered {request.task_name}[{request.doc_id}] without a defended generate(); "
                     "this wrapper bypasses it, so its answers would be undefended"
