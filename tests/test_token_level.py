@@ -388,6 +388,9 @@ def test_streamers_that_do_not_fit_are_refused_before_anything_is_answered(llava
         generate(model, batch(0, 1, 2), streamer=[Tape(), Tape()])
     with pytest.raises(UndefendableError, match="takes one row, the request has 2"):
         generate(model, batch(0, 1), streamer=TextStreamer(processor.tokenizer))
+    text = processor.tokenizer("<s>USER: hello ASSISTANT:", return_tensors="pt")
+    with pytest.raises(UndefendableError, match="one streamer for text alone"):
+        generate(model, text, streamer=[Tape()])
 
 
 def test_an_all_black_picture_is_still_answered(llava):

@@ -31,6 +31,10 @@ def defend(request: Request, config: SmoothGuardConfig) -> Defended | None:
     """
     images = request.images()
     if images is None:
+        if isinstance(request.arguments.get("streamer"), list | tuple):
+            raise UndefendableError(
+                "a list of streamers is for requests with images; expected one streamer for text alone"
+            )
         return None
     request.check_supported()
     rows = request.user_rows()
