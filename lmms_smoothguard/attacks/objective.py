@@ -103,6 +103,11 @@ class AnswerLoss:
         return (token_loss.sum(1) / answered.sum(1)).view(len(copies), -1).mean(0)
 
 
+_ANSWER_TYPES = {"paligemma": 1}
+"""Token types of answers that differ from their prompts'. transformers 5.17 goes on with the prompt's, which only its cache
+makes up for: without one, answers would be seen before they are said."""
+
+
 def lengthened(model: Any, prompt: Mapping[str, Any], answer: Sequence[int]) -> dict[str, torch.Tensor]:
     """A prompt's tensors (batch size 1) after an answer, as the model's own `generate` lengthens them.
 
@@ -118,6 +123,8 @@ def lengthened(model: Any, prompt: Mapping[str, Any], answer: Sequence[int]) -> 
     for _ in answer:
         grown = model._update_model_kwargs_for_generation(ModelOutput(), grown, is_encoder_decoder=False)
     grown.pop("cache_position", None)
+    if model.config.model_type in _ANSWER_TYPES and "token_type_ids" in grown:
+        grown["token_type_ids"][:, ids.shape[1] :] = _ANSWER_TYPES[model.config.model_type]
     tail = torch.tensor([list(answer)], dtype=ids.dtype, device=ids.device)
     return {"input_ids": torch.cat([ids, tail], dim=1), **grown}
 
