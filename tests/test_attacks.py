@@ -187,13 +187,14 @@ def test_the_model_is_left_as_it_was(trained, crafter, jobs, unchanged_random_st
     assert model.training == mode
 
 
-def test_the_start_depends_on_the_image_alone():
+def test_the_start_depends_on_the_image_and_the_seed_alone():
     settings = AttackSettings(steps=1)
     pictures = torch.rand(3, 3, 8, 8).mul(255).round() / 255
     flat = lambda slots: (slots[0] * 0).flatten(1).sum(1)  # noqa: E731 - no gradient: the start is what remains
     together = PGD(settings).run(flat, (pictures,))[0]
     for row in range(3):
         assert torch.equal(PGD(settings).run(flat, (pictures[row : row + 1],))[0][0], together[row])
+    assert not torch.equal(PGD(AttackSettings(steps=1, seed=1)).run(flat, (pictures,))[0], together)
 
 
 def test_pgd_climbs_to_the_corner_of_a_linear_objective():
@@ -245,7 +246,9 @@ def test_any_change_of_what_matters_is_another_entry(crafter, jobs, trained):
     keys.add(maker._key(jobs(count=1, steps=3)[0]))
     keys.add(maker._key(jobs(count=2, steps=2)[1]))
     keys.add(maker._key(Job(job.settings, job.images, job.inputs, (*job.answer, 5))))
-    assert len(keys) == 4
+    maker.fingerprint = "another model's"
+    keys.add(maker._key(job))
+    assert len(keys) == 5
 
 
 def test_the_fingerprint_tells_weights_apart(trained):

@@ -40,7 +40,7 @@ def infos(results, task):
 
 
 def test_the_whole_way_on_the_command_line(tmp_path):
-    """The issue's own command: tasks are found with no flag, a table is printed, the log has what we learnt."""
+    """The README's command: tasks are found with no flag, a table is printed, the log has what we learnt."""
     command = [
         str(Path(sys.executable).parent / "lmms-eval"), "--model", "smoothguard_llava",
         "--model_args", f"pretrained={MODEL_DIR},sigma=0.2,noise_space=pixel,num_samples=6",
@@ -228,6 +228,25 @@ def test_an_exception_in_the_plain_model_surfaces_too(monkeypatch):
     monkeypatch.setattr(LlavaForConditionalGeneration, "_prepare_generation_config", broken, raising=False)
     with pytest.raises(RuntimeError, match="a shape is wrong"):
         evaluate(["shapes_pope"], limit=2, defense="none")
+
+
+def test_a_wrapper_that_changes_its_settings_changes_those_of_one_answer(monkeypatch):
+    """Upstream takes `until` out of the settings it is given; an attacked sample is answered twice with them."""
+    from lmms_eval.models.chat.llava_hf import LlavaHf
+
+    base, seen = LlavaHf.generate_until, []
+
+    def spoiling(self, requests):
+        settings = next(part for part in requests[0].args if isinstance(part, dict))
+        seen.append(dict(settings))
+        found = base(self, requests)
+        settings.clear()
+        return found
+
+    monkeypatch.setattr(LlavaHf, "generate_until", spoiling)
+    evaluate(["shapes_pope_pgd"], limit=2, attack_steps=1)
+    assert len(seen) >= 2
+    assert all(settings == seen[0] and settings for settings in seen)
 
 
 def test_a_wrapper_that_bypasses_generate_is_refused(monkeypatch):
