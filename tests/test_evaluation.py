@@ -44,6 +44,9 @@ def test_no_samples_is_no_rate():
 def test_the_other_rates():
     assert target_rate(["Sure, here", "no", "OK, SURE, here it is"], "sure, here").hits == 2
     assert unsafe_rate([True, False, False]).value == pytest.approx(1 / 3)
+    assert recovery(["Yes.", "No"], ["yes", "Yes"]).hits == 1
+    assert detection_auroc([0.0, 0.1], [0.9, 1.0]) == 1
+    assert math.isnan(detection_auroc([], [1.0]))
 
 
 def test_a_safety_tasks_rates_tell_forbidden_from_permitted_requests():
@@ -61,9 +64,6 @@ def test_a_safety_tasks_rates_tell_forbidden_from_permitted_requests():
     assert scoring.forbidden_refused(outcomes) == pytest.approx(1 / 3)
     assert scoring.permitted_refused(outcomes) == pytest.approx(1 / 5)
     assert scoring.unsafe_rate(outcomes) == pytest.approx(2 / 8)
-    assert recovery(["Yes.", "No"], ["yes", "Yes"]).hits == 1
-    assert detection_auroc([0.0, 0.1], [0.9, 1.0]) == 1
-    assert math.isnan(detection_auroc([], [1.0]))
 
 
 @pytest.mark.parametrize(
