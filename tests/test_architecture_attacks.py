@@ -129,6 +129,23 @@ def margin(subject, inputs, job):
         return float(AnswerLoss(subject.model, Ordinary(inputs), [prompt], [job.answer], kind="margin")(()))
 
 
+def test_attacks_on_pan_and_scan_are_refused(pictures):
+    """A caller's option that the processor does not hold: crops would be scored, the whole picture crafted on."""
+    subject = Subject("gemma3")
+    text = subject.inputs(row_of(pictures[1]))
+    crops = subject.processor.image_processor(
+        pictures[1],
+        return_tensors="pt",
+        do_pan_and_scan=True,
+        pan_and_scan_min_crop_size=16,
+        pan_and_scan_max_num_crops=4,
+        pan_and_scan_min_ratio_to_activate=1.2,
+    )
+    renderer = Renderer(subject.processor, subject.model.device, torch.float32)
+    with pytest.raises(AttackError, match="does not reproduce pixel_values"):
+        renderer.check(slots(pictures[1:2]), {**text, **crops}, "pixel_values")
+
+
 def test_attacks_on_an_encoder_decoder_are_refused(pictures):
     subject = Subject("instructblip_t5")
     inputs = subject.inputs(row_of(pictures[0]))

@@ -165,6 +165,20 @@ def test_mllama_rows_without_an_image_beside_rows_with_one_are_refused(pictures)
         subject.defended(inputs)
 
 
+def test_gemma3s_crops_of_an_image_are_defended_each(pictures):
+    """Pan and scan shows a wide or tall picture whole, then in crops: more images than the caller gave."""
+    subject = Subject("gemma3")
+    plain, crops = subject.processor, {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 16}
+    subject.processor = lambda *args, **kwargs: plain(*args, **kwargs, **crops)
+    subject.processor.tokenizer = plain.tokenizer
+    rows = [row_of(pictures[1]), row_of(pictures[0], pictures[2], text="Describe the image.")]
+    inputs = subject.inputs(*rows)
+    assert len(inputs["pixel_values"]) > 3
+    verdicts = subject.defended(inputs)
+    assert [v.candidates for v in verdicts] == [a for row in rows for a in subject.separate(subject.inputs(row))]
+    assert all(len(set(verdict.candidates)) > 1 for verdict in verdicts)
+
+
 def test_scores_of_an_encoder_decoder_start_with_its_first_decision(pictures):
     """Its start token was not decided on."""
     subject = Subject("instructblip_t5")
