@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import datasets
 import torch
 
 import hf_integration
-from lmms_smoothguard.evaluation.metrics import rate
+from lmms_smoothguard.evaluation.metrics import mean, rate
 from lmms_smoothguard.report.experiments import environment
 from lmms_smoothguard.tiny.model import MODEL_DIR, prompt
 
@@ -37,6 +38,10 @@ def answers(model: Any, processor: Any, rows: list[dict[str, Any]]) -> list[tupl
     return found
 
 
+def _share_flipped(full: Sequence[str], half: Sequence[str]) -> float:
+    return sum(x != y for x, y in zip(full, half, strict=True)) / len(full)
+
+
 def main() -> None:
     """Both precisions on the first questions of each set."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -54,9 +59,8 @@ def main() -> None:
         full, half = (answers(model, processor, rows) for model in models)
         figures[name] = {
             "plain": rate(a[0] != b[0] for a, b in zip(full, half, strict=True)).to_dict(),
-            "copies": rate(
-                x != y for a, b in zip(full, half, strict=True) for x, y in zip(a[1], b[1], strict=True)
-            ).to_dict(),
+            # Copies of one question depend on each other, so a question's share of flipped copies is what counts.
+            "copies": mean([_share_flipped(a[1], b[1]) for a, b in zip(full, half, strict=True)]).to_dict(),
             "defended": rate(a[2] != b[2] for a, b in zip(full, half, strict=True)).to_dict(),
         }
     result = {

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lmms_smoothguard.report.demo import DEMO
+from lmms_smoothguard.report.demo import DEMO, REST
 from lmms_smoothguard.report.tables import markdown_table
 from timing.table import markdown as costs
 from timing.table import parts_markdown
@@ -43,10 +43,22 @@ def filled(text: str) -> str:
             [stored(name) for name in names], [stored(name) for name in BASELINES], times=group == "demo"
         )
         text = _with_block(text, group, table)
+    text = _with_block(text, "clusters", _clusters([stored(e.name) for e in (*DEMO, *REST)]))
     text = _with_block(text, "precision", _precision(stored("precision")["flips"]))
     measured = [name for name in ("bench", "bench_cuda") if (RESULTS / f"{name}.json").exists()]
     text = _with_block(text, "bench", costs(*map(stored, measured)))
     return _with_block(text, "parts", parts_markdown(*map(stored, measured)))
+
+
+def _clusters(results: list[dict[str, Any]]) -> str:
+    """How far off the intervals are because questions about one scene depend on each other."""
+    rates = [figures["asr"] for result in results for figures in result["figures"].values() if "asr" in figures]
+    effects = [rate["design_effect"] for rate in rates if rate["design_effect"] is not None]
+    return (
+        f"Wilson's interval takes questions as independent; here three share a scene. Counted by scene, ASR's variance is "
+        f"{min(effects):.2f} to {max(effects):.2f} times\nwhat that assumes (`design_effect` in each file): no interval is "
+        f"too narrow by more than a factor of {max(effects) ** 0.5:.2f}."
+    )
 
 
 def _precision(flips: dict[str, Any]) -> str:

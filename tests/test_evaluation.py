@@ -3,12 +3,15 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 
 from lmms_smoothguard.errors import SmoothGuardError
 from lmms_smoothguard.evaluation.metrics import (
     attack_success_rate,
+    design_effect,
     detection_auroc,
+    mean,
     rate,
     recovery,
     target_rate,
@@ -47,6 +50,31 @@ def test_the_other_rates():
     assert recovery(["Yes.", "No"], ["yes", "Yes"]).hits == 1
     assert detection_auroc([0.0, 0.1], [0.9, 1.0]) == 1
     assert math.isnan(detection_auroc([], [1.0]))
+
+
+def test_a_mean_has_students_interval():
+    """t(0.975, 3) = 3.1824; the values' standard deviation is 2, so half an interval is 3.1824 * 2 / sqrt(4)."""
+    found = mean([1.0, 1.0, 1.0 + 12**0.5, 1.0 + 12**0.5])
+    assert found.value == pytest.approx(1 + 3**0.5)
+    assert (found.low, found.high) == pytest.approx((found.value - 3.1824, found.value + 3.1824), abs=1e-3)
+    assert math.isnan(mean([0.5]).low)
+    with pytest.raises(ValueError, match="no values"):
+        mean([])
+
+
+def test_the_design_effect_of_groups_that_agree_is_their_size_and_of_none_is_one():
+    """Groups of three equal outcomes count as one outcome each; drawn apart, they count as what they are."""
+    rng = np.random.default_rng(0)
+    scenes = rng.random(4000) < 0.3
+    assert design_effect(np.repeat(scenes, 3).tolist(), np.repeat(np.arange(4000), 3).tolist()) == pytest.approx(
+        3, 1e-3
+    )
+    apart = (rng.random(12_000) < 0.3).tolist()
+    assert design_effect(apart, [n // 3 for n in range(12_000)]) == pytest.approx(1, abs=0.05)
+    opposed = [True, False] * 50
+    assert design_effect(opposed, [n // 2 for n in range(100)]) == pytest.approx(0)
+    assert math.isnan(design_effect([True, True], [0, 1]))
+    assert math.isnan(design_effect([True, False], [0, 0]))
 
 
 def test_a_safety_tasks_rates_tell_forbidden_from_permitted_requests():

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from lmms_smoothguard.report.demo import DEMO, REST
 from lmms_smoothguard.report.tables import table_rows
@@ -28,7 +31,7 @@ def test_every_result_has_its_command_count_and_interval():
         assert stored["command"].startswith("lmms-eval --model smoothguard_llava")
         assert stored["environment"]["cores"] >= 1
         for figures in stored["figures"].values():
-            for name in ("accuracy", "asr"):
+            for name in ("accuracy", "asr", "seconds_per_answer", "agreement", "copies"):
                 if name in figures:
                     value = figures[name]
                     assert value["low"] <= value["value"] <= value["high"]
@@ -49,4 +52,9 @@ def test_the_demo_reached_what_was_fixed_beforehand():
 def test_times_are_compared_with_the_plain_run():
     rows = table_rows([result("plain"), result("smoothguard")])
     assert rows[0][-1] == "1.0"
-    assert float(rows[1][-1]) > 1
+    value, low, high = map(float, re.fullmatch(r"(.+) \((.+)-(.+)\)", rows[1][-1]).groups())
+    assert 1 < low <= value <= high
+    ours, plain = (
+        sum(f["seconds_per_answer"]["value"] for f in result(n)["figures"].values()) for n in ("smoothguard", "plain")
+    )
+    assert value == pytest.approx(ours / plain, abs=0.05)

@@ -28,10 +28,8 @@ class Renderer:
     """
 
     def __init__(self, processor: Any, device: torch.device, dtype: torch.dtype) -> None:
-        self._processor, self._settings = (
-            getattr(processor, "image_processor", processor),
-            _settings_for_images(processor),
-        )
+        self._processor = getattr(processor, "image_processor", processor)
+        self._settings = _settings_for_images(processor)
         self._device, self._dtype = device, dtype
         self._nested = False
         self._wanted: frozenset[str] | None = None

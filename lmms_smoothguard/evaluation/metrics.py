@@ -1,4 +1,4 @@
-"""Rates with Wilson 95 % intervals; the three attack rates, never mixed; a detector's AUROC with its interval."""
+"""Rates with Wilson 95 % intervals, and means; the three attack rates, never mixed; a detector's AUROC with its interval."""
 
 from __future__ import annotations
 
@@ -41,6 +41,52 @@ def rate(outcomes: Iterable[bool]) -> Rate:
     """The share of true outcomes."""
     listed = [bool(outcome) for outcome in outcomes]
     return Rate(sum(listed), len(listed))
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of `count` values; `low` and `high` are Student's 95 % interval, NaN for a single value."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def mean(values: Sequence[float]) -> Mean:
+    """The mean with its interval. Raises ValueError without values."""
+    from scipy.stats import t
+
+    data = np.asarray(values, dtype=float)
+    if not len(data):
+        raise ValueError("mean() got no values; expected at least one")
+    value, half = float(data.mean()), float("nan")
+    if len(data) > 1:
+        half = float(t.ppf(0.975, len(data) - 1) * data.std(ddof=1) / len(data) ** 0.5)
+    return Mean(value, value - half, value + half, len(data))
+
+
+def design_effect(outcomes: Sequence[bool], groups: Sequence[Hashable]) -> float:
+    """How many times the variance of a rate is what independent outcomes would give, when those of one group (questions
+    about one scene) depend on each other (Kish 1965). Intervals are too narrow by its square root.
+
+    NaN where there is nothing to tell it by: fewer than two groups, or outcomes all alike.
+    """
+    totals: dict[Hashable, list[int]] = {}
+    for outcome, group in zip(outcomes, groups, strict=True):
+        total = totals.setdefault(group, [0, 0])
+        total[0] += bool(outcome)
+        total[1] += 1
+    if len(totals) < 2 or len(set(map(bool, outcomes))) < 2:
+        return float("nan")
+    hits, sizes = np.array(list(totals.values()), dtype=float).T
+    share, count = hits.sum() / sizes.sum(), sizes.sum()
+    deviations = hits - share * sizes
+    variance = len(sizes) / (len(sizes) - 1) * float(deviations @ deviations) / count**2
+    return float(variance / (share * (1 - share) / count))
 
 
 def attack_success_rate(clean_right: Sequence[bool], right_under_attack: Sequence[bool]) -> Rate:

@@ -53,10 +53,7 @@ REST = (
 
 def run_demo(out: Path, limit: int) -> Path:
     """Runs the demo's two experiments and prints the table; figures go to `out/demo.json`, the page to the path returned."""
-    rows = []
-    for experiment in DEMO:
-        chosen = Experiment(experiment.name, experiment.model_args, experiment.tasks, limit, experiment.about)
-        rows.append(_run(chosen, out))
+    rows = [_run(dataclasses.replace(experiment, limit=limit), out) for experiment in DEMO]
     out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {"environment": environment(), "rows": rows}
     (out / "demo.json").write_text(json.dumps(figures, indent=1) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import shutil
@@ -11,12 +12,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from lmms_smoothguard.aggregation.verdict import normalize_answer
 from lmms_smoothguard.errors import SmoothGuardError
-from lmms_smoothguard.evaluation.metrics import attack_success_rate, detection, rate, recovery
+from lmms_smoothguard.evaluation.metrics import attack_success_rate, design_effect, detection, mean, rate, recovery
 from lmms_smoothguard.evaluation.runs import Sample, load_samples
 from lmms_smoothguard.report.documents import scenes_of
 
@@ -95,24 +95,33 @@ def _detection(task: str, clean: Sequence[Sample], attacked: Sequence[Sample]) -
 def _task_figures(task: str, samples: Sequence[Sample]) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "accuracy": rate(is_right(s, s.answer) for s in samples).to_dict(),
-        "seconds_per_answer": fmean(s.info["seconds"] for s in samples),
+        "seconds_per_answer": mean([s.info["seconds"] for s in samples]).to_dict(),
     }
     if "agreement" in samples[0].info:
-        figures["agreement"] = fmean(s.info["agreement"] for s in samples)
-        figures["copies"] = fmean(s.info["num_samples_used"] for s in samples)
+        figures["agreement"] = mean([s.info["agreement"] for s in samples]).to_dict()
+        figures["copies"] = mean([s.info["num_samples_used"] for s in samples]).to_dict()
         figures["suspected"] = rate(s.info["suspected"] for s in samples).to_dict()
     if "clean_answer" in samples[0].info:
         clean = [s.info["clean_answer"] for s in samples]
-        outcome = attack_success_rate(
-            [is_right(s, text) for s, text in zip(samples, clean, strict=True)],
-            [is_right(s, s.answer) for s in samples],
-        )
-        figures["asr"] = outcome.to_dict()
+        clean_right = [is_right(s, text) for s, text in zip(samples, clean, strict=True)]
+        right = [is_right(s, s.answer) for s in samples]
+        figures["asr"] = attack_success_rate(clean_right, right).to_dict()
+        figures["asr"]["design_effect"] = _design_effect(task, samples, clean_right, right)
         figures["recovery"] = recovery(clean, [s.answer for s in samples]).to_dict()
         figures["attack"] = samples[0].info["attack"]
         figures["largest_linf_in_grey_levels"] = 255 * max(s.info["attack_linf"] for s in samples)
-        figures["attack_seconds"] = fmean(s.info["attack_seconds"] for s in samples)
+        figures["attack_seconds"] = mean([s.info["attack_seconds"] for s in samples]).to_dict()
     return figures
+
+
+def _design_effect(
+    task: str, samples: Sequence[Sample], clean_right: Sequence[bool], right: Sequence[bool]
+) -> float | None:
+    """Of ASR, over scenes; None where it is undefined."""
+    counted = [sample for sample, was_right in zip(samples, clean_right, strict=True) if was_right]
+    wrong = [not now for now, was_right in zip(right, clean_right, strict=True) if was_right]
+    effect = design_effect(wrong, scenes_of(task, counted))
+    return None if math.isnan(effect) else effect
 
 
 def environment() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,10 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="The embedded model under attack", caption="ASR and accuracy with Wilson 95 % intervals")
+    table = Table(
+        title="The embedded model under attack",
+        caption="brackets: 95 % intervals, Wilson's for ASR and accuracy, Student's for means",
+    )
     for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading in HEADINGS[:2] else "right")
     for cells in table_rows(rows):
@@ -53,10 +57,10 @@ def table_rows(rows: Sequence[dict[str, Any]], baselines: Sequence[dict[str, Any
             "-" if clean is None else _percent(clean["accuracy"]),
             "-" if attacked is None else _percent(attacked["accuracy"]),
             "-" if attacked is None else _percent(attacked["asr"]),
-            f"{either['agreement']:.2f}" if "agreement" in either else "-",
-            " / ".join(f"{figures['copies']:.3g}" for figures in (clean, attacked) if figures and "copies" in figures) or "-",
-            f"{_seconds(row):.3f}",
-            f"{_seconds(row) / plain[_task_note(row)]:.1f}" if _task_note(row) in plain else "-",
+            _mean(either["agreement"], ".2f") if "agreement" in either else "-",
+            " / ".join(_mean(figures["copies"], ".3g") for figures in (clean, attacked) if figures and "copies" in figures) or "-",
+            _mean(_seconds(row), ".3f"),
+            _ratio(_seconds(row), plain[_task_note(row)]) if _task_note(row) in plain else "-",
         ))  # fmt: skip
     return cells
 
@@ -81,9 +85,27 @@ def attack_name(attack: dict[str, Any]) -> str:
     return f"{attack['name'].upper()}-{attack['steps']}{draws}, {attack['eps'] * 255:g}/255"
 
 
-def _seconds(row: dict[str, Any]) -> float:
+def _seconds(row: dict[str, Any]) -> dict[str, float]:
+    """Seconds an answer, over the row's tasks, which have equally many samples: means and variances are meaned."""
     listed = [figures["seconds_per_answer"] for figures in row["figures"].values()]
-    return sum(listed) / len(listed)
+    value = sum(found["value"] for found in listed) / len(listed)
+    half = sum((found["high"] - found["value"]) ** 2 for found in listed) ** 0.5 / len(listed)
+    return {"value": value, "low": value - half, "high": value + half}
+
+
+def _ratio(above: dict[str, float], below: dict[str, float]) -> str:
+    """The ratio of two independent means, its interval on the logarithm (delta method)."""
+    if above == below:
+        return "1.0"
+    value = above["value"] / below["value"]
+    half = sum(((found["high"] - found["value"]) / found["value"]) ** 2 for found in (above, below)) ** 0.5
+    return f"{value:.1f} ({value * math.exp(-half):.1f}-{value * math.exp(half):.1f})"
+
+
+def _mean(found: dict[str, float], form: str) -> str:
+    """A mean with its interval, or the one value that all have."""
+    value, low, high = (format(found[name], form) for name in ("value", "low", "high"))
+    return f"{value} ({low}-{high})" if found["low"] < found["high"] else value
 
 
 def _percent(value: dict[str, float]) -> str:
