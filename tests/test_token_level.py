@@ -316,6 +316,22 @@ def test_a_row_that_stops_without_an_end_token_gets_no_padding(llava, batch, lev
         assert tape.ended == 1
 
 
+def test_an_encoder_decoders_start_token_does_not_end_its_answer():
+    """BART's decoder starts with the token that ends it."""
+    from types import SimpleNamespace
+
+    from lmms_smoothguard.defenses.replies import Replies
+    from lmms_smoothguard.defenses.request import Request
+
+    config = SimpleNamespace(is_encoder_decoder=True)
+    generation = SimpleNamespace(eos_token_id=2, pad_token_id=1)
+    model = SimpleNamespace(config=config, generation_config=generation)
+    replies = Replies(Request(model, lambda: None, {}), rows=1)
+    replies.add(torch.tensor([[2, 0, 55, 2, 1], [2, 0, 66, 77, 2]]), copies=2)
+    assert replies.candidates(0) == [(2, 0, 55), (2, 0, 66, 77)]
+    assert replies.output([0], []).tolist() == [[2, 0, 55, 2]]
+
+
 def test_an_encoder_decoders_start_token_does_not_end_its_stream():
     """BART's decoder starts with the token that ends it."""
     tape = Tape()
@@ -324,6 +340,17 @@ def test_an_encoder_decoders_start_token_does_not_end_its_stream():
     assert tape.prompt.tolist() == [[2]]
     assert torch.cat(tape.tokens).tolist() == [0, 55, 66, 2]
     assert tape.ended == 1
+
+
+def test_a_padding_token_within_an_answer_is_streamed_and_padding_after_it_is_not():
+    first, second = Tape(), Tape()
+    streams = RowStreams([first, second], {2}, 1, together=False)
+    streams.put(torch.tensor([[0], [0]]))
+    for step in ([5, 5], [1, 1], [1, 1], [6, 1]):
+        streams.put(torch.tensor(step))
+    streams.end()
+    assert torch.cat(first.tokens).tolist() == [5, 1, 1, 6]
+    assert torch.cat(second.tokens).tolist() == [5]
 
 
 def test_stop_strings_and_scores_when_sampling(llava, batch):
@@ -399,3 +426,13 @@ def test_an_all_black_picture_is_still_answered(llava):
     model, processor = llava
     inputs = processor(images=[Image.new("RGB", (64, 64))], text=prompt(DESCRIBE), return_tensors="pt")
     assert generate(model, inputs).smoothguard[0].num_samples_used == 10
+
+
+def test_whether_processes_decode_equally_long_is_the_callers_to_say(trained):
+    """transformers drops `synced_gpus` beside a callable, so it is decided here: by the caller, else never in one process."""
+    from lmms_smoothguard.defenses.consensus import synced_gpus
+
+    model, _ = trained
+    assert synced_gpus(model, True) is True
+    assert synced_gpus(model, False) is False
+    assert synced_gpus(model, None) is False
