@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lmms_smoothguard.report.demo import DEMO, REST
+from lmms_smoothguard.report.experiments import ATTACKED
 from lmms_smoothguard.report.tables import markdown_table
 from timing.table import markdown as costs
 from timing.table import parts_markdown
@@ -27,8 +28,6 @@ GROUPS = {
     "utility": ["faint_plain", "faint_smoothguard", "caption_plain", "caption_smoothguard"],
 }  # fmt: skip
 
-BASELINES = ("plain", "faint_plain", "caption_plain")
-
 
 def stored(name: str) -> dict[str, Any]:
     """A committed result."""
@@ -39,10 +38,7 @@ def stored(name: str) -> dict[str, Any]:
 def filled(text: str) -> str:
     """The README with every `<!-- table NAME -->` block made anew."""
     for group, names in GROUPS.items():
-        table = markdown_table(
-            [stored(name) for name in names], [stored(name) for name in BASELINES], times=group == "demo"
-        )
-        text = _with_block(text, group, table)
+        text = _with_block(text, group, markdown_table([stored(name) for name in names]))
     text = _with_block(text, "clusters", _clusters([stored(e.name) for e in (*DEMO, *REST)]))
     text = _with_block(text, "precision", _precision(stored("precision")["flips"]))
     measured = [name for name in ("bench", "bench_cuda") if (RESULTS / f"{name}.json").exists()]
@@ -52,11 +48,11 @@ def filled(text: str) -> str:
 
 def _clusters(results: list[dict[str, Any]]) -> str:
     """How far off the intervals are because questions about one scene depend on each other."""
-    rates = [figures["asr"] for result in results for figures in result["figures"].values() if "asr" in figures]
+    rates = [result["figures"][ATTACKED]["asr"] for result in results if ATTACKED in result["figures"]]
     effects = [rate["design_effect"] for rate in rates if rate["design_effect"] is not None]
     return (
-        f"Wilson's interval takes questions as independent; here three share a scene. Counted by scene, ASR's variance is "
-        f"{min(effects):.2f} to {max(effects):.2f} times\nwhat that assumes (`design_effect` in each file): no interval is "
+        f"Wilson's interval takes questions as independent, but three share a scene here (captions have one each). Counted by scene, ASR's variance is "
+        f"{min(effects):.2f} to {max(effects):.2f} times\nwhat that assumes (`design_effect` in each file): no interval of ASR is "
         f"too narrow by more than a factor of {max(effects) ** 0.5:.2f}."
     )
 

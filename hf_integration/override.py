@@ -30,7 +30,7 @@ from lmms_smoothguard.inputs.fitting import misfits
 log = logging.getLogger(__name__)
 
 _UNSET: Any = object()
-_DEFENDING: Any = object()
+_OFF, _TEXT, _DEFENDING = "off", "text", "defending"
 _lock = threading.RLock()
 _thread = threading.local()
 _originals: list[tuple[type, str, Any]] = []  # (class, attribute, what stood there); _UNSET: nothing did
@@ -99,11 +99,23 @@ def observe() -> Iterator[Observation]:
         watchers.remove(seen)
 
 
-def _handled() -> list[Any]:
-    """The models whose `generate` this thread is in, outermost first; _DEFENDING after one whose copies are answered."""
+def _handled() -> list[tuple[Any, Any, str]]:
+    """The calls that this thread is in, outermost first: the model, its original `generate`, and what became of the call:
+    _OFF without a defence, _TEXT with nothing to defend, _DEFENDING while its copies are answered."""
     if not hasattr(_thread, "handled"):
         _thread.handled = []
     return _thread.handled  # type: ignore[no-any-return]
+
+
+def _is_part_of_a_call(model: Any, original: Any) -> bool:
+    """Whether a call belongs to one that this thread is in: `super().generate()`, and whatever a model calls of itself and of
+    the models inside it while its copies are answered. Any other call is a request of its own."""
+    for outer, called, state in _handled():
+        if outer is model and (state != _TEXT or called is not original):
+            return True
+        if state == _DEFENDING and any(part is model for part in outer.modules()):
+            return True
+    return False
 
 
 def _watchers() -> list[Observation]:
@@ -144,14 +156,16 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_part_of_a_call(self, original):
+            return original(self, *args, **kwargs)
         handled = _handled()
-        if handled and (handled[-1] is _DEFENDING or any(model is self for model in handled)):
-            return original(self, *args, **kwargs)  # a copy of a defended request, or super().generate()
-        handled.append(self)
+        depth = len(handled)
+        handled.append((self, original, _DEFENDING))  # what a defence calls before it has decided is part of it
         try:
             arguments = _bind(signature, self, args, kwargs)
             choice = _choice_of(self, arguments)
             if choice is None:
+                handled[depth] = (self, original, _OFF)
                 kwargs.pop("smoothguard", None)
                 return original(self, *args, **kwargs)
             tokenizer, image_processor = _attachments(self)
@@ -162,11 +176,10 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
                 arguments.get("tokenizer") or tokenizer,
                 image_processor,
             )
-            handled.append(_DEFENDING)
             with plugins.blame("defenses", choice.name):
                 defended = _defend(request, choice)
             if defended is None:
-                handled.pop()  # no copies are answered, so a model called inside is on its own
+                handled[depth] = (self, original, _TEXT)
                 kwargs.pop("smoothguard", None)
                 return original(self, *args, **kwargs)
             for watcher in _watchers():
@@ -178,7 +191,7 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
                 watcher.error = watcher.error or error
             raise
         finally:
-            del handled[handled.index(self) :]
+            del handled[depth:]
 
     generate.__smoothguard_original__ = original  # type: ignore[attr-defined]
     return generate

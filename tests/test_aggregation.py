@@ -185,3 +185,13 @@ def test_a_folder_does_not_take_a_registered_embedders_place(tmp_path, monkeypat
     (tmp_path / "lexical").mkdir()
     monkeypatch.chdir(tmp_path)
     assert load_embedder(EmbedderContext("lexical"))(["a", "b"]).shape[0] == 2
+
+
+@pytest.mark.parametrize("vectors", [np.ones((2, 4)), np.ones(3), np.full((3, 4), np.nan)])
+def test_an_embedder_must_give_one_finite_vector_a_text(monkeypatch, vectors):
+    from lmms_smoothguard import plugins
+    from lmms_smoothguard.aggregation.embedders import EmbedderContext, load_embedder
+
+    monkeypatch.setattr(plugins, "load", lambda kind, name: lambda context: lambda texts: vectors)
+    with pytest.raises(ConfigError, match="expected one finite vector a text"):
+        load_embedder(EmbedderContext("lexical", None, None))(["a", "b", "c"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lmms_smoothguard import plugins
 from lmms_smoothguard.attacks.base import distances
 from lmms_smoothguard.attacks.cache import AttackCache, content_key
 from lmms_smoothguard.attacks.craft import Crafter, Job, model_fingerprint
@@ -127,10 +128,11 @@ def test_gradients_agree_with_finite_differences(trained, jobs):
 
 
 def test_the_loss_is_the_models_own_whatever_the_batch(trained, jobs):
-    """Rows of different lengths, packed, against one plain forward each."""
+    """Four rows, answers of three tokens, against one plain forward each; lengths must agree."""
     model, processor = trained
-    listed = jobs(count=4)
-    listed[1] = Job(listed[1].settings, listed[1].images, listed[1].inputs, (*listed[1].answer, 7, 9))
+    listed = [Job(j.settings, j.images, j.inputs, (*j.answer, 7, 9 + n)) for n, j in enumerate(jobs(count=4))]
+    listed = [j for j in listed if j.inputs["input_ids"].shape == listed[0].inputs["input_ids"].shape]
+    assert len(listed) >= 2
     renderer = Renderer(processor.image_processor, model.device, torch.float32)
     texts = [{k: v for k, v in job.inputs.items() if k != "pixel_values"} for job in listed]
     packed = AnswerLoss(model, renderer, texts, [job.answer for job in listed], kind="ce")
@@ -148,6 +150,8 @@ def test_the_loss_is_the_models_own_whatever_the_batch(trained, jobs):
                 labels=labels,
             )
             assert float(together[row]) == pytest.approx(float(plain.loss), rel=1e-3, abs=1e-5)
+    with pytest.raises(AttackError, match="several lengths"):
+        AnswerLoss(model, renderer, texts[:2], [(5, 6), (5,)], kind="ce")
 
 
 def test_an_answer_is_tokenised_as_the_model_says_it(trained, batch):
@@ -239,16 +243,26 @@ def test_nothing_is_crafted_twice(crafter, jobs, monkeypatch):
         assert (old.images[0] == new.images[0]).all()
 
 
-def test_any_change_of_what_matters_is_another_entry(crafter, jobs, trained):
+def test_any_change_of_what_matters_is_another_entry(crafter, jobs, trained, monkeypatch):
     job = jobs(count=1, steps=2)[0]
     maker = crafter()
     keys = {maker._key(job)}
     keys.add(maker._key(jobs(count=1, steps=3)[0]))
     keys.add(maker._key(jobs(count=2, steps=2)[1]))
     keys.add(maker._key(Job(job.settings, job.images, job.inputs, (*job.answer, 5))))
+    monkeypatch.setattr(plugins, "provenance", lambda kind, name: "somebody's new source")
+    keys.add(maker._key(job))
     maker.fingerprint = "another model's"
     keys.add(maker._key(job))
-    assert len(keys) == 5
+    assert len(keys) == 6
+
+
+def test_an_attack_that_leaves_its_budget_is_refused(crafter, jobs, monkeypatch):
+    monkeypatch.setattr(
+        PGD, "run", lambda self, objective, clean, progress: tuple((c + 0.1).clamp(0, 1) for c in clean)
+    )
+    with pytest.raises(AttackError, match=r"'pgd' left its budget: linf 0\.1"):
+        crafter().craft(jobs(count=1, eps=4 / 255))
 
 
 def test_the_fingerprint_tells_weights_apart(trained):

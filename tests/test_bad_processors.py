@@ -82,6 +82,13 @@ def test_pixels_of_other_statistics(request_of):
         ask(model, inputs)
 
 
+def test_grey_levels_are_no_normalised_pixels(request_of):
+    model, _, inputs = request_of
+    grey = {**inputs, "pixel_values": torch.full_like(inputs["pixel_values"], 200.0)}
+    with pytest.raises(UndefendableError, match="reach 200 and are not normalised"):
+        ask(model, grey, noise_space="normalized")
+
+
 def test_a_float_resize_may_overshoot(built):
     """A caller who resizes floats gets a few values beyond [0, 1]: no sign of another processor."""
     from lmms_smoothguard.inputs.media import find_images

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -27,6 +28,15 @@ def test_survives_json():
 @pytest.mark.parametrize("off", [None, False, {"defense": "none"}])
 def test_off(off):
     assert choose(off) is None
+
+
+def test_the_base_of_another_defence_gives_no_fields():
+    @dataclasses.dataclass(frozen=True)
+    class Blur:
+        sigma: float = 3.0
+
+    chosen = choose({"defense": "smoothguard", "num_samples": 4}, Choice("blur", Blur()))
+    assert chosen == Choice("smoothguard", SmoothGuardConfig(num_samples=4))
 
 
 def test_fields_replace_those_of_the_base():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +30,7 @@ def test_every_result_has_its_command_count_and_interval():
         assert stored["command"].startswith("lmms-eval --model smoothguard_llava")
         assert stored["environment"]["cores"] >= 1
         for figures in stored["figures"].values():
-            for name in ("accuracy", "asr", "seconds_per_answer", "agreement", "copies"):
+            for name in ("accuracy", "asr", "agreement", "copies"):
                 if name in figures:
                     value = figures[name]
                     assert value["low"] <= value["value"] <= value["high"]
@@ -52,9 +51,7 @@ def test_the_demo_reached_what_was_fixed_beforehand():
 def test_times_are_compared_with_the_plain_run():
     rows = table_rows([result("plain"), result("smoothguard")])
     assert rows[0][-1] == "1.0"
-    value, low, high = map(float, re.fullmatch(r"(.+) \((.+)-(.+)\)", rows[1][-1]).groups())
-    assert 1 < low <= value <= high
     ours, plain = (
-        sum(f["seconds_per_answer"]["value"] for f in result(n)["figures"].values()) for n in ("smoothguard", "plain")
+        sum(f["seconds_per_answer"] for f in result(name)["figures"].values()) for name in ("smoothguard", "plain")
     )
-    assert value == pytest.approx(ours / plain, abs=0.05)
+    assert float(rows[1][-1]) == pytest.approx(ours / plain, abs=0.05)

@@ -25,6 +25,8 @@ from lmms_smoothguard.attacks.settings import AttackSettings
 from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.harness.lmms_eval import sharding
 from lmms_smoothguard.harness.lmms_eval.discovery import tasks_path
+from lmms_smoothguard.inputs.media import find_images
+from lmms_smoothguard.noise import NoiseSource
 from lmms_smoothguard.tiny.model import MODEL_DIR
 
 TWO = ("torch.distributed.run", "--nproc_per_node", "2")
@@ -309,12 +311,27 @@ def test_eot_draws_differ_between_samples_and_steps(trained, strangers, tmp_path
     monkeypatch.setattr(
         module, "add_noise", lambda values, noise, *rest: drawn.append(noise) or add_noise(values, noise, *rest)
     )
-    jobs = strangers(steps=2, eot=2)
-    jobs = [jobs[0], Job(jobs[0].settings, jobs[4].images, {**jobs[0].inputs, "pixel_values": jobs[4].inputs["pixel_values"]}, jobs[0].answer)]  # fmt: skip
+    first, *_, fifth = strangers(steps=2, eot=2)[:5]
+    text = processor(images=[*first.images, *fifth.images], text="<image><image> Same?", return_tensors="pt")
+    jobs = [
+        Job(
+            first.settings,
+            pair,
+            dict(processor(images=list(pair), text="<image><image> Same?", return_tensors="pt")),
+            first.answer,
+        )
+        for pair in ((*first.images, *first.images), (*fifth.images, *first.images))
+    ]
+    assert all(job.inputs["input_ids"].shape == text["input_ids"].shape for job in jobs)
     defense = SmoothGuardConfig(sigma=0.2)
     Crafter(model, processor.image_processor, AttackCache(tmp_path), defense, quiet=True).craft(jobs)
-    assert len(drawn) == 2 * 2 * 2
+    assert len(drawn) == 2 * 2 * 2 * 2
     assert len({noise.numpy().tobytes() for noise in drawn}) == len(drawn)
+    images = find_images(text, model.config)
+    source = NoiseSource(images, sigma=1.0, statistics=None, seed=defense.seed)
+    for number in range(1, 10):
+        for own in source.copy(number) - images.values:
+            assert min(float((own - noise).abs().mean()) for noise in drawn) > 0.5
 
 
 def test_deterministic_kernels_are_asked_for_and_given_back(trained, strangers, tmp_path, monkeypatch):
@@ -331,3 +348,12 @@ def test_deterministic_kernels_are_asked_for_and_given_back(trained, strangers, 
     Crafter(model, processor.image_processor, AttackCache(tmp_path), quiet=True).craft(strangers(steps=1)[:1])
     assert seen == [True]
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_sums_are_reproducible_unless_the_user_wants_other_ones(monkeypatch):
+    monkeypatch.delenv("MKL_CBWR")
+    sharding.reproducible_sums()
+    assert os.environ["MKL_CBWR"] == "AUTO,STRICT"
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    sharding.reproducible_sums()
+    assert os.environ["MKL_CBWR"] == "COMPATIBLE"

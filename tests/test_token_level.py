@@ -332,6 +332,37 @@ def test_an_encoder_decoders_start_token_does_not_end_its_answer():
     assert replies.output([0], []).tolist() == [[2, 0, 55, 2]]
 
 
+@pytest.mark.parametrize("level", ["answer", "token"])
+@pytest.mark.parametrize("given", [None, [2, 11, 12], [2, 3, 12], [11, 3]])
+def test_an_encoder_decoders_given_tokens_are_no_part_of_its_answer(level, given):
+    """A task prompt for the decoder, as Donut has it; it may hold the end token, or lack the start token."""
+    from transformers import BertConfig, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        ViTConfig(image_size=32, patch_size=8, **sizes), BertConfig(vocab_size=60, **sizes)
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = VisionEncoderDecoderModel(config).eval()
+        pixels = torch.randn(1, 3, 32, 32)
+    special = {"decoder_start_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    for name, value in special.items():
+        setattr(model.generation_config, name, value)
+        setattr(model.config, name, value)
+    inputs = {"pixel_values": pixels} | ({} if given is None else {"decoder_input_ids": torch.tensor([given])})
+    ours, theirs = Tape(), Tape()
+    plain = generate(model, inputs, streamer=theirs, output_scores=True, max_new_tokens=5, smoothguard=False)
+    config = {"sigma": 0.0, "num_samples": 3, "level": level}
+    out = generate(model, inputs, streamer=ours, output_scores=True, max_new_tokens=5, smoothguard=config)
+    assert torch.equal(out.sequences, plain.sequences)
+    assert len(out.scores) == len(plain.scores)
+    assert ours.prompt.tolist() == theirs.prompt.tolist()
+    assert torch.cat(ours.tokens).tolist() == torch.cat(theirs.tokens).tolist()
+    if given is not None:
+        assert out.smoothguard[0].candidates[0] == tuple(t for t in plain.sequences[0, -5:].tolist() if t != 3)
+
+
 def test_an_encoder_decoders_start_token_does_not_end_its_stream():
     """BART's decoder starts with the token that ends it."""
     tape = Tape()
@@ -392,6 +423,15 @@ def test_one_processor_for_several_requests_keeps_the_last_ones_votes(llava, bat
         assert len(processor.majorities) == lengths[-1]
 
 
+def test_a_request_that_is_one_token_longer_than_the_last_is_another():
+    processor, scores = SmoothGuardLogitsProcessor(2), torch.randn(2, 9)
+    for length in (5, 6):
+        processor(torch.zeros(2, length, dtype=torch.long), scores)
+    assert len(processor.majorities) == 2
+    processor(torch.ones(2, 7, dtype=torch.long), scores)
+    assert len(processor.majorities) == 1
+
+
 def test_tokens_are_streamed_as_they_arise(llava, batch, monkeypatch):
     model, _ = llava
     forwards, forward = [0], type(model).forward
@@ -428,11 +468,18 @@ def test_an_all_black_picture_is_still_answered(llava):
     assert generate(model, inputs).smoothguard[0].num_samples_used == 10
 
 
-def test_whether_processes_decode_equally_long_is_the_callers_to_say(trained):
-    """transformers drops `synced_gpus` beside a callable, so it is decided here: by the caller, else never in one process."""
+def test_processes_that_share_a_models_parts_decode_equally_long(trained, monkeypatch):
+    """transformers drops `synced_gpus` beside a callable, so it is decided here, as there."""
+    from transformers.integrations import deepspeed
+
     from lmms_smoothguard.defenses.consensus import synced_gpus
 
     model, _ = trained
-    assert synced_gpus(model, True) is True
-    assert synced_gpus(model, False) is False
     assert synced_gpus(model, None) is False
+    assert synced_gpus(model, True) is True
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert synced_gpus(model, None) is False  # two processes with a model each need not wait for each other
+    monkeypatch.setattr(deepspeed, "is_deepspeed_zero3_enabled", lambda: True)
+    assert synced_gpus(model, None) is True
+    assert synced_gpus(model, False) is False

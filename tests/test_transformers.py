@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import copy
 import functools
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -404,6 +407,68 @@ def test_a_model_inside_another_models_generate_is_defended(llava, batch):
 
     out = Outer().generate(**batch(0), max_new_tokens=4, return_dict_in_generate=True)
     assert out.smoothguard[0].num_samples_used == 3
+
+
+@pytest.mark.parametrize("outer", ["defended", "plain", "text"])
+def test_a_call_from_within_another_models_call_is_a_request_of_its_own(llava, batch, outer):
+    """A stopping criterion asks a second model, whose generation config asks for the defence."""
+    model, processor = llava
+    other = copy.deepcopy(model)
+    hf_integration.attach(other, processor)
+    other.generation_config.smoothguard = PIXEL
+    asked = []
+
+    def ask(ids, scores, **kwargs):
+        if not asked:
+            asked.append(other.generate(**batch(1), max_new_tokens=4, return_dict_in_generate=True))
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    inputs = batch(0) if outer != "text" else processor(text="Describe", return_tensors="pt")
+    config = {"defended": PIXEL, "plain": False, "text": PIXEL}[outer]
+    with hf_integration.observe() as seen:
+        model.generate(**inputs, max_new_tokens=4, smoothguard=config, stopping_criteria=[ask])
+    assert len(asked[0].smoothguard[0].candidates) == 10
+    assert seen.defended == (2 if outer == "defended" else 1)
+
+
+def test_a_request_with_an_image_from_within_the_models_own_text_call_is_defended(llava, batch):
+    model, processor = llava
+    model.generation_config.smoothguard = PIXEL
+    asked = []
+
+    def ask(ids, scores, **kwargs):
+        if not asked:
+            asked.append(model.generate(**batch(1), max_new_tokens=4, return_dict_in_generate=True))
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    model.generate(**processor(text="Describe", return_tensors="pt"), max_new_tokens=3, stopping_criteria=[ask])
+    assert len(asked[0].smoothguard[0].candidates) == 10
+
+
+def test_an_end_token_that_the_call_switches_off_cuts_no_answer(llava, batch):
+    model, _ = llava
+    plain = model.generate(**batch(0), max_new_tokens=12, eos_token_id=None, smoothguard=False)
+    out = model.generate(**batch(0), max_new_tokens=12, eos_token_id=None, smoothguard=PIXEL | {"sigma": 0.0})
+    assert torch.equal(out, plain)
+
+
+def test_a_batchs_cache_is_let_go_before_the_next_batch(llava, batch):
+    """Otherwise max_copies_per_batch would save no memory."""
+    model, _ = llava
+    caches, alive = [], []
+
+    def watch(module, args, out):
+        if not any(seen() is out.past_key_values for seen in caches):
+            caches.append(weakref.ref(out.past_key_values))
+            gc.collect()
+            alive.append(sum(seen() is not None for seen in caches))
+
+    hook = model.register_forward_hook(watch)
+    try:
+        verdicts(model, batch(0), smoothguard=PIXEL | {"max_copies_per_batch": 2})
+    finally:
+        hook.remove()
+    assert alive == [1] * 5
 
 
 def test_generation_code_of_a_checkpoint_refuses(llava, monkeypatch):

@@ -59,7 +59,8 @@ class AnswerLoss:
     kind "target": minus the cross-entropy of a target; "ce": the cross-entropy of a reference to be led away from;
     "margin": by how much the best other token beats the reference's (Carlini & Wagner 2017).
 
-    prompts: captured inputs of each row, batch size 1, without pixels; answers: token ids of each row's answer;
+    prompts: captured inputs of each row, batch size 1, without pixels; answers: token ids of each row's answer. All prompts
+    are of one length and all answers too: padding would move positions, and with them last bits and gradient signs.
     perturb: adds one draw of a defence's noise, `draws` of which are averaged a step (EOT); None attacks the model bare.
     """
 
@@ -83,8 +84,8 @@ class AnswerLoss:
         self._model, self._renderer, self._key = model, renderer, pixel_key
         self._token_loss = _TOKEN_LOSSES[kind]
         self._perturb, self._draws = perturb, draws if perturb is not None else 1
-        self._text, self._labels = _pack(model, prompts, answers)
-        self._keep = max(len(answer) for answer in answers) + 1
+        self._text = _pack(model, prompts, answers)
+        self._labels = torch.tensor([list(answer) for answer in answers])
         self._cuts_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def __call__(self, pictures: Pictures) -> torch.Tensor:
@@ -95,12 +96,11 @@ class AnswerLoss:
         else:
             copies = [self._perturb(rendered) for _ in range(self._draws)]
         inputs = tile({**self._text, **rendered}, copies, self._key)
-        extra = {"logits_to_keep": self._keep} if self._cuts_logits else {}
-        logits = self._model(**inputs, use_cache=False, **extra).logits[:, -self._keep : -1].float()
-        labels = self._labels[:, -self._keep + 1 :].to(logits.device).repeat(len(copies), 1)
-        answered = labels >= 0
-        token_loss = self._token_loss(logits, labels.clamp(min=0)) * answered
-        return (token_loss.sum(1) / answered.sum(1)).view(len(copies), -1).mean(0)
+        keep = self._labels.shape[1] + 1
+        extra = {"logits_to_keep": keep} if self._cuts_logits else {}
+        logits = self._model(**inputs, use_cache=False, **extra).logits[:, -keep:-1].float()
+        labels = self._labels.to(logits.device).repeat(len(copies), 1)
+        return self._token_loss(logits, labels).mean(1).view(len(copies), -1).mean(0)
 
 
 _ANSWER_TYPES = {"paligemma": 1}
@@ -129,37 +129,11 @@ def lengthened(model: Any, prompt: Mapping[str, Any], answer: Sequence[int]) -> 
     return {"input_ids": torch.cat([ids, tail], dim=1), **grown}
 
 
-def token_axes(model: Any, prompt: Mapping[str, Any]) -> dict[str, int]:
-    """The inputs with an entry a token, and the dimension in which they grow."""
-    after = lengthened(model, prompt, [0])
-    axes = {"attention_mask": 1}
-    for name, value in after.items():
-        before = prompt.get(name)
-        if before is not None and before.shape != value.shape:
-            axes[name] = next(axis for axis in range(value.ndim) if value.shape[axis] != before.shape[axis])
-    return axes
-
-
 def _pack(
     model: Any, prompts: Sequence[Mapping[str, Any]], answers: Sequence[Sequence[int]]
-) -> tuple[dict[str, Any], torch.Tensor]:
-    """Prompts and answers as one left-padded batch, answers flush right; labels -100 everywhere else."""
-    axes = token_axes(model, prompts[0])
+) -> dict[str, torch.Tensor]:
+    """Prompts and their answers as one batch. Raises AttackError where lengths differ."""
     rows = [lengthened(model, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    width = max(row["input_ids"].shape[1] for row in rows)
-    packed: dict[str, Any] = {}
-    for name in rows[0]:
-        values = [row[name] for row in rows]
-        if name in axes:
-            values = [_padded(value, axes[name], width) for value in values]
-        packed[name] = torch.cat(values)
-    labels = torch.full((len(prompts), width), -100)
-    for row, answer in enumerate(answers):
-        labels[row, width - len(answer) :] = torch.tensor(list(answer))
-    return packed, labels
-
-
-def _padded(value: torch.Tensor, axis: int, width: int) -> torch.Tensor:
-    missing = list(value.shape)
-    missing[axis] = width - value.shape[axis]
-    return torch.cat([value.new_zeros(missing), value], dim=axis)
+    if len({(row["input_ids"].shape, len(answer)) for row, answer in zip(rows, answers, strict=True)}) > 1:
+        raise AttackError("prompts or answers of several lengths in one batch; expected one length of each")
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}

@@ -37,7 +37,7 @@ def agree(
     """
     with torch.autocast(probabilities.device.type, enabled=False):  # half precision would make ties of near ties
         roots = _compared_tokens(probabilities)
-        gram = (roots @ roots.transpose(1, 2)).double().cpu()
+        gram = (roots @ roots.transpose(1, 2)).cpu().double()  # Apple's GPUs have no float64
         majority = _majority(gram, clean_first, merge_distance).to(probabilities.device)
         weights = majority / majority.sum(1, keepdim=True)
         mean = (weights[:, None].to(probabilities.dtype) @ probabilities)[:, 0]
@@ -93,6 +93,7 @@ class SmoothGuardLogitsProcessor(LogitsProcessor):
         self.num_samples, self.include_clean, self.merge_distance = num_samples, include_clean, merge_distance
         self.majorities: list[torch.Tensor] = []
         """One (groups, N) bool tensor a step."""
+        self._prompt: torch.Tensor | None = None
         self._length = -1
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
@@ -110,14 +111,20 @@ class SmoothGuardLogitsProcessor(LogitsProcessor):
                 "copy was sampled by itself. Expected equal prompts and greedy or beam search; for sampling use "
                 "generate(..., smoothguard={'level': 'token'})"
             )
-        if input_ids.shape[1] != self._length + 1:
-            self.majorities = []  # another request
+        if not self._goes_on(input_ids):
+            self.majorities, self._prompt = [], input_ids.clone()
         self._length = input_ids.shape[1]
         grouped = scores.float().view(self.num_samples, -1, vocabulary).transpose(0, 1)
         found = agree(grouped.softmax(-1), clean_first=self.include_clean, merge_distance=self.merge_distance)
         self.majorities.append(found.majority.cpu())
         agreed = found.probabilities.log().to(scores.dtype)
         return agreed.repeat(self.num_samples, 1)  # type: ignore[return-value]
+
+    def _goes_on(self, input_ids: torch.Tensor) -> bool:
+        """Whether this is the next step of the last request: one token more behind the same prompts (beams change places)."""
+        if self._prompt is None or input_ids.shape[1] != self._length + 1 or len(input_ids) != len(self._prompt):
+            return False
+        return torch.equal(input_ids[:, : self._prompt.shape[1]], self._prompt)
 
 
 class _DrawOnce(LogitsProcessor):

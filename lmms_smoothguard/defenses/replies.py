@@ -19,7 +19,8 @@ _DROPPED = ("attentions", "decoder_attentions", "cross_attentions", "encoder_att
 class Replies:
     """The answers of `rows` user rows, copy by copy.
 
-    `prompt`: tokens that generate repeats before an answer; 0 where it returns the answer alone.
+    `prompt`: tokens that generate repeats before an answer (a decoder's own, of an encoder-decoder); 0 where it returns the
+    answer alone.
     """
 
     def __init__(self, request: Request, rows: int) -> None:
@@ -41,6 +42,9 @@ class Replies:
                 "expected one answer a copy, so this model's generate cannot be defended"
             )
         self.prompt = self._prompt_length(sequences)
+        for name in _DROPPED:  # a cache of every batch until the vote would be what batches are there to avoid
+            if not isinstance(output, torch.Tensor) and output.get(name) is not None:
+                output[name] = None
         answers = [self._trim(row) for row in sequences[:, self.prompt :].tolist()]
         texts: list[str] = []
         if self._request.tokenizer is not None:
@@ -96,9 +100,6 @@ class Replies:
         for name in _PER_STEP:
             if result.get(name) is not None:
                 result[name] = self._steps(name, picked, width)
-        for name in _DROPPED:
-            if result.get(name) is not None:
-                result[name] = None
         result.smoothguard = verdicts
         return result
 
@@ -117,22 +118,26 @@ class Replies:
         return self._outputs[part], start + row
 
     def _cut(self, sequence: torch.Tensor, width: int) -> torch.Tensor:
-        pad = self._request.setting("pad_token_id", min(self._ends) if self._ends else 0)
-        return torch.nn.functional.pad(sequence[:width], (0, max(0, width - len(sequence))), value=pad)
+        missing = max(0, width - len(sequence))
+        return torch.nn.functional.pad(sequence[:width], (0, missing), value=self._request.pad_token())
 
     # -- one answer ----------------------------------------------------------------------------------------------------
 
     def _prompt_length(self, sequences: torch.Tensor) -> int:
-        ids = self._request.arguments.get("input_ids")
-        if not isinstance(ids, torch.Tensor) or sequences.shape[1] < ids.shape[1]:
+        decoder = is_encoder_decoder(self._request.model.config)
+        ids = self._request.arguments.get("decoder_input_ids" if decoder else "input_ids")
+        if not isinstance(ids, torch.Tensor):
             return 0
-        return ids.shape[1] if torch.equal(sequences[: self.rows, : ids.shape[1]], ids.to(sequences.device)) else 0
+        for before in (0, 1) if decoder else (0,):  # a decoder's start token comes before ids that do not open with it
+            end = before + ids.shape[1]
+            if sequences.shape[1] >= end and torch.equal(sequences[: self.rows, before:end], ids.to(sequences.device)):
+                return end
+        return 0
 
     def _length(self, answer: Sequence[int]) -> int:
         """Tokens up to and with the first end-of-sequence; trailing padding does not count."""
         # An encoder-decoder's answer opens with a start token that may equal the end token.
-        start = 1 if is_encoder_decoder(self._request.model.config) else 0
-        for index in range(start, len(answer)):
+        for index in range(self.start - self.prompt, len(answer)):
             if answer[index] in self._ends:
                 return index + 1
         pad, length = self._request.setting("pad_token_id"), len(answer)

@@ -74,9 +74,12 @@ class Request:
         return misfits(self.model, self.tokenizer, self.image_processor)
 
     def setting(self, name: str, default: Any = None) -> Any:
-        """What a generation setting will be: the call's, else its generation config's, else the model's."""
-        for source in (self.arguments, self.arguments.get("generation_config"), self.model.generation_config):
-            value = source.get(name) if isinstance(source, Mapping) else getattr(source, name, None)
+        """What a generation setting will be: the call's, which may be None, else its generation config's, else the model's."""
+        if name in self.arguments:
+            value = self.arguments[name]
+            return default if value is None else value
+        for source in (self.arguments.get("generation_config"), self.model.generation_config):
+            value = getattr(source, name, None)
             if value is not None:
                 return value
         return default
@@ -109,9 +112,13 @@ class Request:
                 "Expected a dynamic or static cache."
             )
 
-    def end_tokens(self) -> frozenset[int]:
-        """The end-of-sequence ids in force."""
+    def end_tokens(self) -> tuple[int, ...]:
+        """The end-of-sequence ids in force, in their own order."""
         ends = self.setting("eos_token_id", [])
         if isinstance(ends, torch.Tensor):
             ends = ends.tolist()
-        return frozenset([ends] if isinstance(ends, int) else ends)
+        return (ends,) if isinstance(ends, int) else tuple(ends)
+
+    def pad_token(self) -> int:
+        """What generate pads shorter answers with: the padding id, else the first end-of-sequence id."""
+        return int(self.setting("pad_token_id", next(iter(self.end_tokens()), 0)))

@@ -45,14 +45,14 @@ def rate(outcomes: Iterable[bool]) -> Rate:
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of `count` values; `low` and `high` are Student's 95 % interval, NaN for a single value."""
+    """The mean of `count` values; `low` and `high` are Student's 95 % interval, None for a single value."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     count: int
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, float | None]:
         return asdict(self)
 
 
@@ -63,9 +63,10 @@ def mean(values: Sequence[float]) -> Mean:
     data = np.asarray(values, dtype=float)
     if not len(data):
         raise ValueError("mean() got no values; expected at least one")
-    value, half = float(data.mean()), float("nan")
-    if len(data) > 1:
-        half = float(t.ppf(0.975, len(data) - 1) * data.std(ddof=1) / len(data) ** 0.5)
+    value = float(data.mean())
+    if len(data) == 1:
+        return Mean(value, None, None, 1)
+    half = float(t.ppf(0.975, len(data) - 1) * data.std(ddof=1) / len(data) ** 0.5)
     return Mean(value, value - half, value + half, len(data))
 
 

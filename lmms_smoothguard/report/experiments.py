@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lmms_smoothguard.aggregation.verdict import normalize_answer
@@ -95,7 +96,7 @@ def _detection(task: str, clean: Sequence[Sample], attacked: Sequence[Sample]) -
 def _task_figures(task: str, samples: Sequence[Sample]) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "accuracy": rate(is_right(s, s.answer) for s in samples).to_dict(),
-        "seconds_per_answer": mean([s.info["seconds"] for s in samples]).to_dict(),
+        "seconds_per_answer": fmean(s.info["seconds"] for s in samples),
     }
     if "agreement" in samples[0].info:
         figures["agreement"] = mean([s.info["agreement"] for s in samples]).to_dict()
@@ -110,7 +111,7 @@ def _task_figures(task: str, samples: Sequence[Sample]) -> dict[str, Any]:
         figures["recovery"] = recovery(clean, [s.answer for s in samples]).to_dict()
         figures["attack"] = samples[0].info["attack"]
         figures["largest_linf_in_grey_levels"] = 255 * max(s.info["attack_linf"] for s in samples)
-        figures["attack_seconds"] = mean([s.info["attack_seconds"] for s in samples]).to_dict()
+        figures["attack_seconds"] = fmean(s.info["attack_seconds"] for s in samples)
     return figures
 
 

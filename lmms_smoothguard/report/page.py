@@ -50,7 +50,7 @@ def write_page(
         largest=figures["smoothguard"][ATTACKED]["largest_linf_in_grey_levels"],
         config=config,
         figures=figures,
-        slowdown=table_rows([by_name["plain"], by_name["smoothguard"]])[1][-1].partition(" "),
+        slowdown=table_rows([by_name["plain"], by_name["smoothguard"]])[1][-1],
         percent=percent,
         rates=rates_chart({name: figures[name][ATTACKED]["asr"] for name in figures}),
         roc=roc_chart(clean, attacked, figures["smoothguard"]),

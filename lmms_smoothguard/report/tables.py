@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from lmms_smoothguard.report.experiments import CLEAN
@@ -39,11 +39,10 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     Console(width=max(console.width, 150)).print(table)
 
 
-def table_rows(rows: Sequence[dict[str, Any]], baselines: Sequence[dict[str, Any]] = ()) -> list[tuple[str, ...]]:
-    """The cells of the table, one row an experiment. Times are compared with the undefended row of the same questions, from
-    `baselines` or among the rows themselves."""
-    plain = {_task_note(row): _seconds(row) for row in (*rows, *baselines) if "defense=none" in row["command"]}
-    if (first := next((row for row in (*baselines, *rows) if row["name"] == "plain"), None)) is not None:
+def table_rows(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The cells of the table, one row an experiment. Times are compared with the undefended row of the same questions."""
+    plain = {_task_note(row): _seconds(row) for row in rows if "defense=none" in row["command"]}
+    if (first := next((row for row in rows if row["name"] == "plain"), None)) is not None:
         plain[_task_note(first)] = _seconds(first)  # not the one at another budget
     cells: list[tuple[str, ...]] = []
     for row in rows:
@@ -59,8 +58,8 @@ def table_rows(rows: Sequence[dict[str, Any]], baselines: Sequence[dict[str, Any
             "-" if attacked is None else _percent(attacked["asr"]),
             _mean(either["agreement"], ".2f") if "agreement" in either else "-",
             " / ".join(_mean(figures["copies"], ".3g") for figures in (clean, attacked) if figures and "copies" in figures) or "-",
-            _mean(_seconds(row), ".3f"),
-            _ratio(_seconds(row), plain[_task_note(row)]) if _task_note(row) in plain else "-",
+            f"{_seconds(row):.3f}",
+            f"{_seconds(row) / plain[_task_note(row)]:.1f}" if _task_note(row) in plain else "-",
         ))  # fmt: skip
     return cells
 
@@ -85,37 +84,23 @@ def attack_name(attack: dict[str, Any]) -> str:
     return f"{attack['name'].upper()}-{attack['steps']}{draws}, {attack['eps'] * 255:g}/255"
 
 
-def _seconds(row: dict[str, Any]) -> dict[str, float]:
-    """Seconds an answer, over the row's tasks, which have equally many samples: means and variances are meaned."""
-    listed = [figures["seconds_per_answer"] for figures in row["figures"].values()]
-    value = sum(found["value"] for found in listed) / len(listed)
-    half = sum((found["high"] - found["value"]) ** 2 for found in listed) ** 0.5 / len(listed)
-    return {"value": value, "low": value - half, "high": value + half}
+def _seconds(row: dict[str, Any]) -> float:
+    return fmean(figures["seconds_per_answer"] for figures in row["figures"].values())
 
 
-def _ratio(above: dict[str, float], below: dict[str, float]) -> str:
-    """The ratio of two independent means, its interval on the logarithm (delta method)."""
-    if above == below:
-        return "1.0"
-    value = above["value"] / below["value"]
-    half = sum(((found["high"] - found["value"]) / found["value"]) ** 2 for found in (above, below)) ** 0.5
-    return f"{value:.1f} ({value * math.exp(-half):.1f}-{value * math.exp(half):.1f})"
-
-
-def _mean(found: dict[str, float], form: str) -> str:
-    """A mean with its interval, or the one value that all have."""
+def _mean(found: dict[str, float | None], form: str) -> str:
+    """A mean with its interval; alone where all values are one, or there is but one."""
+    if found["low"] is None or found["low"] == found["high"]:
+        return format(found["value"], form)
     value, low, high = (format(found[name], form) for name in ("value", "low", "high"))
-    return f"{value} ({low}-{high})" if found["low"] < found["high"] else value
+    return f"{value} ({low}-{high})"
 
 
 def _percent(value: dict[str, float]) -> str:
     return f"{100 * value['value']:.1f} % ({100 * value['low']:.1f}-{100 * value['high']:.1f})"
 
 
-def markdown_table(
-    rows: Sequence[dict[str, Any]], baselines: Sequence[dict[str, Any]] = (), *, times: bool = True
-) -> str:
-    """The same table in Markdown, with or without the columns of time."""
-    width = len(HEADINGS) if times else len(HEADINGS) - 2
-    lines = [HEADINGS, ("---",) * len(HEADINGS), *table_rows(rows, baselines)]
-    return "\n".join("| " + " | ".join(cells[:width]) + " |" for cells in lines)
+def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The same table in Markdown, without the times: runs minutes apart are no measurement of cost."""
+    lines = [HEADINGS, ("---",) * len(HEADINGS), *table_rows(rows)]
+    return "\n".join("| " + " | ".join(cells[:-2]) + " |" for cells in lines)
