@@ -228,3 +228,18 @@ def test_the_template_is_in_the_package_data():
     data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     assert "page.html.j2" in data["lmms_smoothguard.report"]
     assert (root / "lmms_smoothguard" / "report" / "page.html.j2").exists()
+
+
+def test_a_perfect_detectors_curve_goes_through_the_upper_left_corner():
+    """SVG counts y downwards: nothing found is below, everything found is above."""
+    from lmms_smoothguard.report.charts import PLOT, roc_chart
+
+    figures = {
+        "shapes_pope": {"suspected": {"value": 0.0}},
+        "shapes_pope_pgd": {"suspected": {"value": 1.0}, "detection": {"auroc": 1.0}},
+    }
+    chart = roc_chart([0.0, 0.1], [0.8, 0.9], figures)
+    places = [(point["x"], point["y"]) for point in chart["points"]]
+    assert (places[0], places[-1]) == ((0, PLOT), (PLOT, 0))
+    assert (0, 0) in places
+    assert (chart["suspected"]["x"], chart["suspected"]["y"]) == (0, 0)
