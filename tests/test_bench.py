@@ -108,27 +108,18 @@ def test_a_forced_length_is_kept_and_ones_own_ends_earlier(embedded):
     assert len(variants.answer(embedded, inputs, PLAIN, Length(8, forced=False)).ids) < 4
 
 
-def test_a_variant_whose_field_is_unknown_is_left_out_with_a_note(monkeypatch):
-    monkeypatch.setattr(variants, "_FIELDS", {OURS: {}, "new": {"no_such_field": 1}})
-    assert variants.available([PLAIN, OURS, "new"]) == (
-        [PLAIN, OURS],
-        ["new: left out, SmoothGuardConfig has no field 'no_such_field'"],
-    )
-
-
 def test_parts_sum_to_the_whole_and_leave_nothing_behind(embedded):
     inputs = subjects.requests(embedded, 1)[0]
     stood = (NoiseSource.copy, NoiseSource.__init__, embedded.model.lm_head.forward.__func__)
-    found = {
-        (variant, tokens): parts.measure(
-            embedded.model,
-            "cpu",
-            2,
-            lambda _, v=variant, t=tokens: variants.answer(embedded, inputs, v, Length(t), sigma=1.5),
-        )["shares"]
-        for variant, tokens in ((PLAIN, 4), (OURS, 1), (OURS, 4), (TOKEN, 4))
-    }
+
+    def shares_of(variant, tokens):
+        answer = lambda _: variants.answer(embedded, inputs, variant, Length(tokens), sigma=1.5)  # noqa: E731
+        shares = parts.measure(embedded.model, "cpu", 1, answer)["shares"]
+        return {part: interval["value"] for part, interval in shares.items()}
+
+    found = {key: shares_of(*key) for key in ((PLAIN, 4), (OURS, 1), (OURS, 4), (TOKEN, 4))}
     for shares in found.values():
+        assert shares.pop("own") == pytest.approx(shares["noise"] + shares["aggregation"])
         assert tuple(shares) == parts.PARTS
         assert sum(shares.values()) == pytest.approx(1)
         assert min(shares.values()) >= 0
@@ -179,21 +170,24 @@ def test_the_table_shows_what_was_measured_and_a_dash_for_the_rest():
     interval = {"value": 2.25, "low": 2.0, "high": 2.5, "count": 20}
     row = {
         "model": "m", "requests": "captions", "new_tokens": 32, "forced": True, "sigma": 0.2,
-        "seconds": {"plain": {"value": 0.2}},
+        "seconds": {"plain": {"value": 0.2, "low": 0.19, "high": 0.21, "count": 20}},
         "ratios": {"smoothguard : plain": interval, "exact early stop : plain": interval},
         "copies": {"exact early stop": {"num_samples_used": 6.04}},
-        "parts": {"smoothguard": {"shares": {"noise": 0.011, "aggregation": 0.009}}},
-        "memory": {"plain": {"loaded": 2**20, "peak": 3 * 2**20}, "smoothguard": {"loaded": 2**20, "peak": 9 * 2**20}},
+        "parts": {"smoothguard": {"shares": {"own": {"value": 0.02, "low": 0.01, "high": 0.03, "count": 10}}}},
+        "memory": {
+            variant: memory.above_loaded([{"loaded": 2**20, "peak": (1 + size) * 2**20} for size in sizes])
+            for variant, sizes in {"plain": [2], "smoothguard": [7, 8, 9]}.items()
+        },
     }  # fmt: skip
     own = {**row, "forced": False, "parts": {}, "memory": {}, "ratios": {}}
     agreeing = {**row, "sigma": 0.0}
     model = {"about": "a model", "parameters": 9_294_336, "image_tokens": 144}
     lines = markdown({"models": {"m": model}, "rows": [row, own, agreeing]}).splitlines()
     assert lines[2] == (
-        "| a model, 9.3 M parameters, 144 image tokens | 32 | 200 ms | 2.25 (2.00-2.50) | 2.25 (2.00-2.50), 6.0 copies "
-        "| - | - | 2.0 % | 2 MiB / 8 MiB |"
+        "| a model, 9.3 M parameters, 144 image tokens | 32 | 200 (190-210) | 2.25 (2.00-2.50) "
+        "| 2.25 (2.00-2.50), 6.0 copies | - | - | 2.0 (1.0-3.0) | 2 / 8 (7-9) |"
     )
-    assert lines[3].split(" | ")[1:5] == ["as many as captions take", "200 ms", "-", "-"]
+    assert lines[3].split(" | ")[1:5] == ["as many as captions take", "200 (190-210)", "-", "-"]
     assert lines[4].split(" | ")[1] == "32, copies that agree (sigma 0)"
 
 

@@ -7,16 +7,21 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from timing import subjects, variants
-from timing.paired import synchronize
+from timing.paired import median, synchronize
 
 BENCH = Path(__file__).parent.parent / "bench.py"
+
+
+def above_loaded(found: Sequence[dict[str, int]]) -> dict[str, float]:
+    """The median of peak less loaded, in bytes, with its interval."""
+    return median([one["peak"] - one["loaded"] for one in found]).to_dict()
 
 
 def peak_of(variant: str, model: str, length: variants.Length, threads: int | None) -> dict[str, int]:

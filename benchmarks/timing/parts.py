@@ -14,7 +14,7 @@ import torch
 from lmms_smoothguard.aggregation import verdict
 from lmms_smoothguard.defenses import consensus
 from lmms_smoothguard.noise import NoiseSource
-from timing.paired import synchronize
+from timing.paired import median, synchronize
 
 PARTS = ("noise", "vision", "prefill", "decode", "aggregation", "rest")
 """noise: digests and copies; vision: the tower and the projector; prefill and decode: the language model and its head
@@ -26,9 +26,14 @@ class Clock:
     """Seconds spent in each part, `rest` excepted."""
 
     def __init__(self, device: str) -> None:
-        self.seconds = dict.fromkeys(PARTS[:-1], 0.0)
+        self.seconds: dict[str, float] = {}
         self.phase = "prefill"
         self._device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Nothing was spent yet."""
+        self.seconds = dict.fromkeys(PARTS[:-1], 0.0)
 
     def timed(self, function: Callable[..., Any], part: Callable[..., str]) -> Callable[..., Any]:
         """`function`, its time noted under `part(*args, **kwargs)`; none of the timed functions calls another."""
@@ -88,13 +93,19 @@ def instrumented(model: Any, device: str) -> Iterator[Clock]:
 
 
 def measure(model: Any, device: str, rounds: int, answer: Callable[[int], Any]) -> dict[str, Any]:
-    """Shares of the parts in the summed time of `answer(0)` ... `answer(rounds - 1)`, after one call as warm-up."""
+    """The median share of every part in the time of `answer(0)` ... `answer(rounds - 1)`, after one call as warm-up.
+
+    `own`: noise and aggregation together, what the defence itself computes.
+    """
     answer(0)
+    found: list[dict[str, float]] = []
     with instrumented(model, device) as clock:
-        synchronize(device)
-        start = time.perf_counter()
         for number in range(rounds):
+            clock.reset()
+            synchronize(device)
+            start = time.perf_counter()
             answer(number)
-        synchronize(device)
-        whole = time.perf_counter() - start
-    return {"rounds": rounds, "seconds": whole / rounds, "shares": clock.shares(whole)}
+            synchronize(device)
+            shares = clock.shares(time.perf_counter() - start)
+            found.append({**shares, "own": shares["noise"] + shares["aggregation"]})
+    return {"rounds": rounds, "shares": {part: median([one[part] for one in found]).to_dict() for part in found[0]}}

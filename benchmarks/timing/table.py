@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_HEADINGS = ("model", "new tokens", "plain", "SmoothGuard : plain", "exact early stop : plain", "token level : plain", "naive loop : SmoothGuard", "noise + aggregation", "peak memory: plain / SmoothGuard")  # fmt: skip
+_HEADINGS = ("model", "new tokens", "plain, ms", "SmoothGuard : plain", "exact early stop : plain", "token level : plain", "naive loop : SmoothGuard", "noise + aggregation, %", "peak memory, MiB: plain / SmoothGuard")  # fmt: skip
 
 
 def markdown(*results: Mapping[str, Any]) -> str:
@@ -21,7 +21,7 @@ _PARTS = ("vision", "prefill", "decode", "noise", "aggregation", "rest")
 
 def parts_markdown(*results: Mapping[str, Any]) -> str:
     """Where a defended answer's time goes, and when its first token comes: of every row that was looked into."""
-    headings = ("model", "new tokens", *_PARTS, "first token: plain", "answer level", "token level")
+    headings = ("model", "new tokens", *_PARTS, "first token, ms: plain", "answer level", "token level")
     lines: list[tuple[str, ...]] = [headings, ("---",) * len(headings)]
     for result in results:
         for row in result["rows"]:
@@ -30,10 +30,10 @@ def parts_markdown(*results: Mapping[str, Any]) -> str:
             shares = row["parts"]["smoothguard"]["shares"]
             first = row.get("first_token_seconds", {})
             waits = (
-                f"{1000 * first[variant]['value']:.0f} ms" if variant in first else "-"
+                _scaled(first[variant], 1000, ".0f") if variant in first else "-"
                 for variant in ("plain", "smoothguard", "token")
             )
-            cells = (f"{100 * shares[part]:.1f} %" for part in _PARTS)
+            cells = (_scaled(shares[part], 100, ".1f") for part in _PARTS)
             lines.append((result["models"][row["model"]]["about"], _tokens(row), *cells, *waits))
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
@@ -45,7 +45,7 @@ def _cells(model: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         f"{model['about']}, {_count(model['parameters'])} parameters, {model['image_tokens']} image tokens",
         _tokens(row),
-        f"{1000 * row['seconds']['plain']['value']:.0f} ms",
+        _scaled(row["seconds"]["plain"], 1000, ".0f"),
         _ratio(row, "smoothguard : plain"),
         exact,
         _ratio(row, "token : plain"),
@@ -63,20 +63,25 @@ def _tokens(row: Mapping[str, Any]) -> str:
 
 def _ratio(row: Mapping[str, Any], name: str) -> str:
     found = row["ratios"].get(name)
-    return "-" if found is None else f"{found['value']:.2f} ({found['low']:.2f}-{found['high']:.2f})"
+    return "-" if found is None else _scaled(found, 1, ".2f")
 
 
 def _share(row: Mapping[str, Any]) -> str:
     shares = row.get("parts", {}).get("smoothguard", {}).get("shares")
-    return "-" if shares is None else f"{100 * (shares['noise'] + shares['aggregation']):.1f} %"
+    return "-" if shares is None else _scaled(shares["own"], 100, ".1f")
 
 
 def _memory(row: Mapping[str, Any]) -> str:
     found = row.get("memory")
     if not found:
         return "-"
-    above = (found[variant]["peak"] - found[variant]["loaded"] for variant in ("plain", "smoothguard"))
-    return " / ".join(f"{amount / 2**20:.0f} MiB" for amount in above)
+    return " / ".join(_scaled(found[variant], 2**-20, ".0f") for variant in ("plain", "smoothguard"))
+
+
+def _scaled(found: Mapping[str, float], factor: float, form: str) -> str:
+    """A value and its interval, in another unit; a single measurement has none."""
+    value, low, high = (format(factor * found[name], form) for name in ("value", "low", "high"))
+    return value if found["count"] == 1 else f"{value} ({low}-{high})"
 
 
 def _count(parameters: int) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,21 +59,6 @@ class Answer:
     ids: tuple[int, ...]
     candidates: tuple[tuple[int, ...], ...] = ()
     verdict: SmoothGuardOutput | None = None
-
-
-def missing_field(variant: str) -> str | None:
-    """The config field that this version of the package lacks for a variant, None when it has all."""
-    known = {field.name for field in dataclasses.fields(SmoothGuardConfig)}
-    return next((name for name in _FIELDS.get(variant, {}) if name not in known), None)
-
-
-def available(variants: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The variants that can run, and a note for each that cannot."""
-    lacking = {variant: missing_field(variant) for variant in variants}
-    notes = [
-        f"{variant}: left out, SmoothGuardConfig has no field {field!r}" for variant, field in lacking.items() if field
-    ]
-    return [variant for variant in variants if lacking[variant] is None], notes
 
 
 def answer(
