@@ -28,7 +28,7 @@ results: $(INSTALLED)
 	test -e benchmarks/results/precision.json || $(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/readme_tables.py
 
-# What a defended answer costs on this machine, about six minutes on two cores; leave the machine alone meanwhile.
+# What a defended answer costs on this machine, about ten minutes on two cores; leave the machine alone meanwhile.
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/readme_tables.py

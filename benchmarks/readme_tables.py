@@ -51,9 +51,9 @@ def _clusters(results: list[dict[str, Any]]) -> str:
     rates = [result["figures"][ATTACKED]["asr"] for result in results if ATTACKED in result["figures"]]
     effects = [rate["design_effect"] for rate in rates if rate["design_effect"] is not None]
     return (
-        f"Wilson's interval takes questions as independent, but three share a scene here (captions have one each). Counted by scene, ASR's variance is "
-        f"{min(effects):.2f} to {max(effects):.2f} times\nwhat that assumes (`design_effect` in each file): no interval of ASR is "
-        f"too narrow by more than a factor of {max(effects) ** 0.5:.2f}."
+        "Wilson's interval takes questions as independent, but three share a scene here (captions have one each). Counted by\n"
+        f"scene, ASR's variance is {min(effects):.2f} to {max(effects):.2f} times what that assumes (`design_effect` in each file): "
+        f"no interval of\nASR is too narrow by more than a factor of {max(effects) ** 0.5:.2f}."
     )
 
 
