@@ -1,7 +1,7 @@
-from lmms_smoothguard.attacks.base import Attack
+from lmms_smoothguard.attacks.base import IteratedAttack
 
 
-class Momentum(Attack):
+class Momentum(IteratedAttack):
     """MI-FGSM (Dong et al. 2018): the sign of a running mean of normalised gradients."""
 
     decay, velocity = 1.0, None
