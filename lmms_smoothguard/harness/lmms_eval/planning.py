@@ -67,7 +67,9 @@ def plan(wrapper: Any, requests: Sequence[Instance], options: Options) -> tuple[
             bare.append(request)
     if options.attack and not plans and not bare:
         given = ", ".join(f"attack_{name}" for name in options.attack)
-        log.warning("%s given, but no task of this run asks for an attack: nothing is attacked without attack=...", given)
+        log.warning(
+            "%s given, but no task of this run asks for an attack: nothing is attacked without attack=...", given
+        )
     _refuse_bare_tasks(plans, bare)
     _refuse_duplicates(plans)
     return plans, bare
