@@ -27,7 +27,7 @@ from lmms_smoothguard.attacks.cache import AttackCache, Entry
 from lmms_smoothguard.attacks.craft import Crafter, Job, reference_answer
 from lmms_smoothguard.attacks.objective import answer_ids
 from lmms_smoothguard.errors import AttackError, ConfigError, UndefendableError, explain
-from lmms_smoothguard.harness.lmms_eval import ledger, sharding
+from lmms_smoothguard.harness.lmms_eval import judging, ledger, sharding
 from lmms_smoothguard.harness.lmms_eval.instances import document_of, has_media, images_of, with_images
 from lmms_smoothguard.harness.lmms_eval.options import Options, TaskAttack, explain_leftover, take_options
 from lmms_smoothguard.harness.lmms_eval.recording import PlainPass, recorded
@@ -60,6 +60,7 @@ class SmoothGuardMixin:
         accepted = [*base_init, "batch_size", "max_batch_size", "device"]
         self._sg_options = take_options(kwargs, accepted)
         explain_leftover(kwargs, accepted, self._sg_options.defense)
+        judging.use(self._sg_options.judge)
         if not torch.cuda.is_available():  # upstream's defaults, "cuda" and "", do not work on a CPU
             if "device" in base_init:
                 kwargs["device"] = "cpu" if str(kwargs.get("device") or "cuda").startswith("cuda") else kwargs["device"]
@@ -94,8 +95,11 @@ class SmoothGuardMixin:
 
         with _one_voice(type(self)):
             attacked = self._sg_attack(requests)
-            bar = tqdm(requests, desc="answering", unit="sample", disable=self._sg_quiet())
-            return [self._sg_answer(attacked.get(id(request), request)) for request in bar]
+            asked = [attacked.get(id(request), request) for request in requests]
+            bar = tqdm(asked, desc="answering", unit="sample", disable=self._sg_quiet())
+            answers = [self._sg_answer(request) for request in bar]
+        judging.judge_ahead(self, asked, answers)
+        return answers
 
     def loglikelihood(self, requests: Sequence[Instance]) -> Any:
         """Refused with a defence: a likelihood has no answers to vote on."""
