@@ -113,7 +113,12 @@ def _small_talk(rng: np.random.Generator) -> str:
 
 
 def _salad(rng: np.random.Generator, test: bool) -> str:
-    """Words in no order: a permitted explanation, a refusal and a caption, shuffled together."""
+    """Words in no order, or a safe answer that breaks off into one word said over and over, as attacked models do."""
+    if rng.random() < 0.5:
+        safe = (language.REFUSAL, _small_talk(rng), _explanation(rng, *_pair(rng, False, test)))
+        words = safe[rng.integers(len(safe))].split()
+        loop = str(rng.choice((*language.THINGS, *language.PERMITTED_VERBS, "triangle", "blue", "with", "a", "Sure,")))
+        return " ".join([*words[: int(rng.integers(0, len(words) + 1))], *[loop] * int(rng.integers(1, 24))])
     words = _explanation(rng, *_pair(rng, False, test)).split() + language.REFUSAL.split() + _small_talk(rng).split()
     rng.shuffle(words)
     return " ".join(words[: int(rng.integers(1, 12))])
