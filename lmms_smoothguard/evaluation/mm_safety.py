@@ -190,6 +190,8 @@ def _split(scenario: str, kind: str, source: str, top: Path | None) -> Any:
     except SmoothGuardError:
         raise
     except Exception as error:
+        if "corresponds to no data" in str(error):  # how datasets says that a split has no row
+            raise SmoothGuardError(f"{name} is empty; expected questions") from error
         raise SmoothGuardError(
             f"{name} cannot be loaded ({explain(error)}); expected a hub id that can be reached, or {SOURCE}=<directory>"
         ) from error

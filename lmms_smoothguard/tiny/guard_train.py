@@ -31,8 +31,10 @@ class GuardRecipe:
     weight_decay: float = 0.05
 
 
-def train(out: Path, recipe: GuardRecipe, say: Callable[[str], None] = lambda text: None) -> dict[str, Rate]:
-    """Trains from the recipe's seed into `out`: weights (safetensors), tokenizer, model card and held-out figures."""
+def train(
+    out: Path, recipe: GuardRecipe, say: Callable[[str], None] = lambda text: None, held_out: int = _HELD_OUT
+) -> dict[str, Rate]:
+    """Trains from the recipe's seed into `out`: weights (safetensors), tokenizer, model card, figures on `held_out` exchanges."""
     import torch
 
     threads = torch.get_num_threads()
@@ -59,7 +61,7 @@ def train(out: Path, recipe: GuardRecipe, say: Callable[[str], None] = lambda te
         out.mkdir(parents=True, exist_ok=True)
         model.eval().save_pretrained(out)
         tokenizer.save_pretrained(out)
-        figures = held_out_figures(out)
+        figures = held_out_figures(out, held_out)
     finally:
         torch.set_num_threads(threads)
     write_card(out, recipe, sum(parameter.numel() for parameter in model.parameters()), figures)
