@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -76,6 +78,41 @@ class NoiseSource:
             noise = self._images.layout.standard_noise(values[where], where, generator)
             noisy[where] = add_noise(values[where], noise, self._images, self._sigma, self._statistics)
         return noisy
+
+
+class Draw(NamedTuple):
+    """What an attacker draws a defence's randomness for: images whose `values` may carry a graph, one generator an image
+    (of the attacker's own: evaluation seeds stay unseen), and the model's pixel statistics, where they are asked for."""
+
+    images: Images
+    generators: Sequence[torch.Generator]
+    statistics: Callable[[], PixelStatistics]
+
+
+class Randomness(NamedTuple):
+    """A defence's randomness, for attacks that average over it (EOT).
+
+    fields: the settings that its distribution hangs on, a seed never among them; draw: (Draw, the defence's config) -> the
+    pixel tensor as the model gets it, differentiable.
+    """
+
+    fields: tuple[str, ...]
+    draw: Callable[[Draw, Any], torch.Tensor]
+
+
+def draw_noise(draw: Draw, config: Any) -> torch.Tensor:
+    """One noisy copy: `config` has `sigma` and `noise_space`."""
+    images = draw.images
+    statistics = draw.statistics() if config.noise_space == "pixel" else None
+    parts = []
+    for where, generator in zip(images.slices, draw.generators, strict=True):
+        values = images.values[where]
+        noise = images.layout.standard_noise(values.detach(), where, generator)
+        parts.append(add_noise(values, noise, images, config.sigma, statistics))
+    return torch.cat(parts)
+
+
+NOISE = Randomness(("sigma", "noise_space"), draw_noise)
 
 
 def _check_range(images: Images, statistics: PixelStatistics) -> None:

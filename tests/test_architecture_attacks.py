@@ -13,9 +13,10 @@ from tiny_models.subject import Subject, row_of
 
 from lmms_smoothguard.attacks.cache import AttackCache
 from lmms_smoothguard.attacks.craft import Crafter, Job
-from lmms_smoothguard.attacks.objective import AnswerLoss
+from lmms_smoothguard.attacks.objective import AnswerLoss, Threat
 from lmms_smoothguard.attacks.rendering import EXACT_ENOUGH, Renderer
 from lmms_smoothguard.attacks.settings import AttackSettings
+from lmms_smoothguard.choice import choose
 from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.errors import AttackError
 
@@ -58,7 +59,7 @@ def test_the_loss_is_that_of_the_models_own_decoding(attacked, pictures):
     answer = out.sequences[0, -5:].tolist()
     spoken = torch.stack([step[0].log_softmax(-1)[token] for step, token in zip(out.logits, answer, strict=True)])
     prompt = {key: value for key, value in inputs.items() if key != "pixel_values"}
-    loss = AnswerLoss(attacked.model, Ordinary(inputs), [prompt], [answer], kind="ce")
+    loss = AnswerLoss(Threat(attacked.model, attacked.processor, Ordinary(inputs), (), [prompt], [answer]), "ce")
     with torch.no_grad():
         assert float(loss(())) == pytest.approx(-float(spoken.mean()), abs=1e-4)
 
@@ -75,9 +76,15 @@ def test_each_request_of_a_batch_has_the_loss_it_has_alone(attacked, pictures):
     if "image_grid_thw" in prompts[0]:
         together["image_grid_thw"] = torch.cat([inputs["image_grid_thw"] for inputs in requests])
     with torch.no_grad():
-        batch = AnswerLoss(attacked.model, Ordinary(together), prompts, answers, kind="ce")(())
+        batch = AnswerLoss(Threat(attacked.model, attacked.processor, Ordinary(together), (), prompts, answers), "ce")(
+            ()
+        )
         alone = [
-            float(AnswerLoss(attacked.model, Ordinary(inputs), [prompt], [answer], kind="ce")(()))
+            float(
+                AnswerLoss(Threat(attacked.model, attacked.processor, Ordinary(inputs), (), [prompt], [answer]), "ce")(
+                    ()
+                )
+            )
             for inputs, prompt, answer in zip(requests, prompts, answers, strict=True)
         ]
     assert batch.tolist() == pytest.approx(alone, abs=1e-4)
@@ -93,7 +100,10 @@ def test_gradients_reach_every_picture_through_the_processor(attacked, pictures)
     rendered = renderer(clean)
     assert set(rendered) <= set(inputs)  # nothing the model does not know
     prompt = {key: value for key, value in inputs.items() if key not in rendered}
-    loss = AnswerLoss(attacked.model, renderer, [prompt], [attacked.answer(inputs, min_new_tokens=4)], kind="margin")
+    loss = AnswerLoss(
+        Threat(attacked.model, attacked.processor, renderer, (), [prompt], [attacked.answer(inputs, min_new_tokens=4)]),
+        "margin",
+    )
     leaves = tuple(slot.clone().requires_grad_() for slot in clean)
     for gradient in torch.autograd.grad(loss(leaves).sum(), leaves):
         assert torch.isfinite(gradient).all()
@@ -109,7 +119,7 @@ def test_crafted_attacks_stay_in_their_budget_and_work_through_the_ordinary_path
     for text in ("What is it?", "Describe the image."):
         inputs = attacked.inputs(row_of(*chosen, text=text))
         jobs.append(Job(settings, chosen, inputs, attacked.answer(inputs, min_new_tokens=4)))
-    defense = SmoothGuardConfig(sigma=0.05, noise_space="pixel")
+    defense = choose(SmoothGuardConfig(sigma=0.05, noise_space="pixel"))
     entries = Crafter(attacked.model, attacked.processor, AttackCache(tmp_path / "both"), defense).craft(jobs)
     for entry, job in zip(entries, jobs, strict=True):
         for made, picture in zip(entry.images, chosen, strict=True):
@@ -126,7 +136,11 @@ def test_crafted_attacks_stay_in_their_budget_and_work_through_the_ordinary_path
 def margin(subject, inputs, job):
     prompt = {key: value for key, value in inputs.items() if key != "pixel_values"}
     with torch.no_grad():
-        return float(AnswerLoss(subject.model, Ordinary(inputs), [prompt], [job.answer], kind="margin")(()))
+        return float(
+            AnswerLoss(
+                Threat(subject.model, subject.processor, Ordinary(inputs), (), [prompt], [job.answer]), "margin"
+            )(())
+        )
 
 
 def test_attacks_on_pan_and_scan_are_refused(pictures):
@@ -150,7 +164,7 @@ def test_attacks_on_an_encoder_decoder_are_refused(pictures):
     subject = Subject("instructblip_t5")
     inputs = subject.inputs(row_of(pictures[0]))
     with pytest.raises(AttackError, match="encoder-decoder"):
-        AnswerLoss(subject.model, Ordinary(inputs), [inputs], [[5]], kind="ce")
+        AnswerLoss(Threat(subject.model, subject.processor, Ordinary(inputs), (), [inputs], [[5]]), "ce")
 
 
 def test_tiles_cut_by_the_whole_processor_alone_are_not_guessed(pictures):

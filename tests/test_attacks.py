@@ -9,13 +9,14 @@ import torch
 from PIL import Image
 
 from lmms_smoothguard import plugins
-from lmms_smoothguard.attacks.base import distances
 from lmms_smoothguard.attacks.cache import AttackCache, content_key
 from lmms_smoothguard.attacks.craft import Crafter, Job, model_fingerprint
-from lmms_smoothguard.attacks.objective import AnswerLoss, answer_ids
+from lmms_smoothguard.attacks.objective import AnswerLoss, Threat, answer_ids
 from lmms_smoothguard.attacks.pgd import PGD
+from lmms_smoothguard.attacks.pictures import distances
 from lmms_smoothguard.attacks.rendering import Renderer
 from lmms_smoothguard.attacks.settings import AttackSettings
+from lmms_smoothguard.choice import choose
 from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.errors import AttackError
 
@@ -114,9 +115,8 @@ def test_gradients_agree_with_finite_differences(trained, jobs):
     model, processor = trained
     job = jobs(count=1)[0]
     renderer = Renderer(processor.image_processor, model.device, torch.float32)
-    loss = AnswerLoss(
-        model, renderer, [{k: v for k, v in job.inputs.items() if k != "pixel_values"}], [job.answer], kind="ce"
-    )
+    prompt = {k: v for k, v in job.inputs.items() if k != "pixel_values"}
+    loss = AnswerLoss(Threat(model, processor, renderer, (), [prompt], [job.answer]), "ce")
     torch.manual_seed(0)
     picture = torch.rand(1, 3, 96, 80).requires_grad_()
     gradient = torch.autograd.grad(loss((picture,)).sum(), picture)[0]
@@ -135,7 +135,7 @@ def test_the_loss_is_the_models_own_whatever_the_batch(trained, jobs):
     assert len(listed) >= 2
     renderer = Renderer(processor.image_processor, model.device, torch.float32)
     texts = [{k: v for k, v in job.inputs.items() if k != "pixel_values"} for job in listed]
-    packed = AnswerLoss(model, renderer, texts, [job.answer for job in listed], kind="ce")
+    packed = AnswerLoss(Threat(model, processor, renderer, (), texts, [job.answer for job in listed]), "ce")
     pictures = torch.stack([torch.from_numpy(np.array(job.images[0])).permute(2, 0, 1) / 255 for job in listed])
     with torch.no_grad():
         together = packed((pictures,))
@@ -151,7 +151,7 @@ def test_the_loss_is_the_models_own_whatever_the_batch(trained, jobs):
             )
             assert float(together[row]) == pytest.approx(float(plain.loss), rel=1e-3, abs=1e-5)
     with pytest.raises(AttackError, match="several lengths"):
-        AnswerLoss(model, renderer, texts[:2], [(5, 6), (5,)], kind="ce")
+        AnswerLoss(Threat(model, processor, renderer, (), texts[:2], [(5, 6), (5,)]), "ce")
 
 
 def test_an_answer_is_tokenised_as_the_model_says_it(trained, batch):
@@ -191,14 +191,21 @@ def test_the_model_is_left_as_it_was(trained, crafter, jobs, unchanged_random_st
     assert model.training == mode
 
 
+class Still(PGD):
+    """Stays where it starts."""
+
+    def step(self, number, current, gradients):
+        return current
+
+
 def test_the_start_depends_on_the_image_and_the_seed_alone():
     settings = AttackSettings(steps=1)
     pictures = torch.rand(3, 3, 8, 8).mul(255).round() / 255
-    flat = lambda slots: (slots[0] * 0).flatten(1).sum(1)  # noqa: E731 - no gradient: the start is what remains
-    together = PGD(settings).run(flat, (pictures,))[0]
+    flat = lambda slots: slots[0].flatten(1).sum(1)  # noqa: E731
+    together = Still(settings).run(flat, (pictures,))[0]
     for row in range(3):
-        assert torch.equal(PGD(settings).run(flat, (pictures[row : row + 1],))[0][0], together[row])
-    assert not torch.equal(PGD(AttackSettings(steps=1, seed=1)).run(flat, (pictures,))[0], together)
+        assert torch.equal(Still(settings).run(flat, (pictures[row : row + 1],))[0][0], together[row])
+    assert not torch.equal(Still(AttackSettings(steps=1, seed=1)).run(flat, (pictures,))[0], together)
 
 
 def test_pgd_climbs_to_the_corner_of_a_linear_objective():
@@ -223,11 +230,12 @@ def test_eot_needs_a_defence(crafter, jobs):
 
 def test_eot_goes_through_the_defences_noise_with_draws_of_its_own(crafter, jobs):
     job = jobs(count=1, eot=2, steps=3)
-    weak, strong = SmoothGuardConfig(sigma=0.01), SmoothGuardConfig(sigma=0.5)
+    weak, strong = choose({"sigma": 0.01}), choose({"sigma": 0.5})
     entries = [crafter(defense=defense).craft(job)[0] for defense in (weak, strong)]
-    assert entries[0].record["noise"] == [0.01, "normalized"]
+    known = {"defense": "smoothguard", "sigma": 0.01, "noise_space": "normalized", "code": None}
+    assert entries[0].record["randomness"] == known
     assert (entries[0].images[0] != entries[1].images[0]).any()
-    reseeded = crafter(defense=SmoothGuardConfig(sigma=0.5, seed=99)).craft(job)[0]
+    reseeded = crafter(defense=choose(SmoothGuardConfig(sigma=0.5, seed=99))).craft(job)[0]
     assert (reseeded.images[0] == entries[1].images[0]).all()  # the evaluation's seed is nothing to the attacker
 
 
@@ -346,7 +354,7 @@ def test_rounding_keeps_most_of_a_small_l2_change():
     attack = PGD(AttackSettings(eps=2.0, norm="l2"))
     wanted = torch.randn(clean.shape)
     wanted = wanted / wanted.flatten(1).norm(dim=1).view(-1, 1, 1, 1) * 2.0
-    found = attack._to_8_bit(clean + wanted, clean) - clean
+    found = attack.to_8_bit(clean + wanted, clean) - clean
     assert (found.flatten(1).norm(dim=1) <= 2.0 + 1e-5).all()
     assert (found.flatten(1).norm(dim=1) >= 1.9).all()
     assert ((found * 255) - (found * 255).round()).abs().max() < 1e-3

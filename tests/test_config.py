@@ -124,7 +124,6 @@ def test_bad_attack_settings_are_named(fields, hint):
 
 
 def test_attack_settings_override_a_tasks_own():
-    task = AttackSettings.parse({"name": "pgd", "eps": "4/255", "steps": 40})
-    merged = AttackSettings.parse({"eps": "8/255"}, task)
+    merged = AttackSettings.parse({"name": "pgd", "eps": "4/255", "steps": 40}, {"eps": "8/255"})
     assert merged.eps == pytest.approx(8 / 255)
     assert merged.steps == 40

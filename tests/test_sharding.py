@@ -22,6 +22,7 @@ from lmms_smoothguard.attacks.cache import AttackCache
 from lmms_smoothguard.attacks.craft import Crafter, Job
 from lmms_smoothguard.attacks.objective import answer_ids
 from lmms_smoothguard.attacks.settings import AttackSettings
+from lmms_smoothguard.choice import choose
 from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.harness.lmms_eval import sharding
 from lmms_smoothguard.harness.lmms_eval.discovery import tasks_path
@@ -277,7 +278,7 @@ def test_an_image_is_a_function_of_its_job_alone(trained, strangers, tmp_path, e
     """Alone, in a batch of strangers, in another order and on more threads; so are the figures in its record."""
     model, processor = trained
     jobs = strangers(steps=4 if eot else 10, eot=eot)
-    defense = SmoothGuardConfig(sigma=0.2, noise_space="pixel")
+    defense = choose(SmoothGuardConfig(sigma=0.2, noise_space="pixel"))
 
     def craft(name, listed, **kwargs):
         cache = AttackCache(tmp_path / name)
@@ -323,12 +324,12 @@ def test_eot_draws_differ_between_samples_and_steps(trained, strangers, tmp_path
         for pair in ((*first.images, *first.images), (*fifth.images, *first.images))
     ]
     assert all(job.inputs["input_ids"].shape == text["input_ids"].shape for job in jobs)
-    defense = SmoothGuardConfig(sigma=0.2)
+    defense = choose(SmoothGuardConfig(sigma=0.2))
     Crafter(model, processor.image_processor, AttackCache(tmp_path), defense, quiet=True).craft(jobs)
     assert len(drawn) == 2 * 2 * 2 * 2
     assert len({noise.numpy().tobytes() for noise in drawn}) == len(drawn)
     images = find_images(text, model.config)
-    source = NoiseSource(images, sigma=1.0, statistics=None, seed=defense.seed)
+    source = NoiseSource(images, sigma=1.0, statistics=None, seed=defense.config.seed)
     for number in range(1, 10):
         for own in source.copy(number) - images.values:
             assert min(float((own - noise).abs().mean()) for noise in drawn) > 0.5

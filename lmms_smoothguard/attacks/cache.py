@@ -23,7 +23,7 @@ from lmms_smoothguard.errors import AttackError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 """Part of every key: raise it when an entry of the same settings would mean something else."""
 
 

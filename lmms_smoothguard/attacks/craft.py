@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,20 +23,21 @@ import torch
 from PIL import Image
 
 from lmms_smoothguard import plugins
-from lmms_smoothguard.attacks.base import Attack, Pictures, distances
+from lmms_smoothguard.attacks.base import Attack
 from lmms_smoothguard.attacks.cache import FORMAT, AttackCache, Entry, content_key
-from lmms_smoothguard.attacks.objective import AnswerLoss, Perturb, answer_ids
+from lmms_smoothguard.attacks.objective import PIXELS, Perturb, Threat, answer_ids
+from lmms_smoothguard.attacks.pictures import Pictures, distances
+from lmms_smoothguard.attacks.precision import exact_logits
 from lmms_smoothguard.attacks.rendering import EXACT_ENOUGH, Renderer
 from lmms_smoothguard.attacks.settings import AttackSettings
-from lmms_smoothguard.config import SmoothGuardConfig
+from lmms_smoothguard.choice import Choice
 from lmms_smoothguard.errors import AttackError
 from lmms_smoothguard.inputs.media import find_images
 from lmms_smoothguard.inputs.statistics import PixelStatistics, pixel_statistics
-from lmms_smoothguard.noise import add_noise
+from lmms_smoothguard.noise import Draw, Randomness
 
 log = logging.getLogger(__name__)
 
-_PIXELS = "pixel_values"
 # Of a generation config: no plain answer hangs on these.
 _INERT = ("smoothguard", "transformers_version", "_from_model_config")
 
@@ -66,7 +67,7 @@ class Crafter:
         model: Any,
         processor: Any,
         cache: AttackCache,
-        defense: SmoothGuardConfig | None = None,
+        defense: Choice | None = None,
         batch_size: int = 32,
         quiet: bool = False,
     ) -> None:
@@ -95,25 +96,30 @@ class Crafter:
         return [entry for key in keys if (entry := entries[key]) is not None]
 
     def _key(self, job: Job) -> str:
-        noise = None
-        if job.settings.eot:
-            if not isinstance(self._defense, SmoothGuardConfig):
-                raise AttackError(
-                    f"attack_eot is {job.settings.eot}, but the defence has no noise that could be averaged over; "
-                    "expected a run with defense=smoothguard"
-                )
-            noise = [self._defense.sigma, self._defense.noise_space]
         return content_key(
             format=FORMAT,
             settings=job.settings.to_dict(),
             code=plugins.provenance("attacks", job.settings.name),
             model=self.fingerprint,
-            noise=noise,
+            randomness=self._known_randomness(job.settings.eot),
             answer=list(job.answer),
             prompt=job.inputs["input_ids"].cpu().numpy(),
-            pixels=job.inputs[_PIXELS].float().cpu().numpy(),
+            pixels=job.inputs[PIXELS].float().cpu().numpy(),
             images=tuple(np.asarray(image.convert("RGB")) for image in job.images),
         )
+
+    def _known_randomness(self, eot: int) -> dict[str, Any] | None:
+        """The defence that EOT averages over, as far as its randomness hangs on it; None without EOT."""
+        if not eot:
+            return None
+        if self._defense is None or (randomness := _randomness_of(self._defense)) is None:
+            name = "none" if self._defense is None else self._defense.name
+            raise AttackError(
+                f"attack_eot is {eot}, an average over the defence's randomness, and defense={name} shows none; expected a "
+                "defence with `randomness`, such as defense=smoothguard"
+            )
+        fields = {field: getattr(self._defense.config, field) for field in randomness.fields}
+        return {"defense": self._defense.name, **fields, "code": plugins.provenance("defenses", self._defense.name)}
 
     def _batches(self, missing: Mapping[str, Job]) -> Iterator[list[str]]:
         """Keys of jobs that can share a batch: the same settings, image sizes, input shapes and answer length.
@@ -126,7 +132,7 @@ class Crafter:
             sizes = tuple(image.size for image in job.images)
             groups[(job.settings, sizes, len(job.answer), tuple(shapes))].append(key)
         for (settings, *_, shapes), keys in groups.items():
-            size = max(1, self._batch_size // max(1, settings.eot))
+            size = max(1, self._batch_size // (max(1, settings.eot) * settings.restarts))
             if any(name in ("cross_attention_mask", "position_ids") for name, _ in shapes):
                 size = 1
             for start in range(0, len(keys), size):
@@ -136,10 +142,10 @@ class Crafter:
         first = next(iter(jobs.values()))
         settings, device = first.settings, self._model.device
         clean = _pictures([job.images for job in jobs.values()], device)
-        renderer = Renderer(self._processor, device, first.inputs[_PIXELS].dtype)
-        captured = {**first.inputs, _PIXELS: torch.cat([job.inputs[_PIXELS] for job in jobs.values()])}
+        renderer = Renderer(self._processor, device, first.inputs[PIXELS].dtype)
+        captured = {**first.inputs, PIXELS: torch.cat([job.inputs[PIXELS] for job in jobs.values()])}
         with torch.no_grad():
-            gaps = renderer.check(clean, captured, _PIXELS)
+            gaps = renderer.check(clean, captured, PIXELS)
         if max(gaps) > EXACT_ENOUGH:
             log.warning(
                 "the caller changes images before the model sees them (%.3g off on average, in normalised units; JPEG, "
@@ -151,14 +157,15 @@ class Crafter:
             {k: v for k, v in job.inputs.items() if isinstance(v, torch.Tensor) and k not in rendered}
             for job in jobs.values()
         ]
-        objective = AnswerLoss(
+        threat = Threat(
             self._model,
+            self._processor,
             renderer,
+            clean,
             prompts,
             [job.answer for job in jobs.values()],
-            kind=settings.loss if settings.target is None else "target",
-            perturb=self._perturbation(settings, jobs) if settings.eot else None,
-            draws=settings.eot,
+            self._perturbation(settings, list(jobs)) if settings.eot else None,
+            max(1, settings.eot),
         )
         started, losses = time.perf_counter(), []
 
@@ -166,9 +173,9 @@ class Crafter:
             losses.append(value.float().cpu())
             bar.update(len(jobs))
 
-        with plugins.blame("attacks", settings.name):
+        with plugins.blame("attacks", settings.name), exact_logits(self._model):
             attack: Attack = plugins.load("attacks", settings.name)(settings)
-            adversarial = attack.run(objective, clean, progress)
+            adversarial = attack.run(attack.objective(threat), clean, progress)
         apart = distances(adversarial, clean)
         if (largest := max(distance[settings.norm] for distance in apart)) > settings.eps + 1e-6:
             raise AttackError(
@@ -183,7 +190,7 @@ class Crafter:
             record = {
                 "attack": settings.to_dict(),
                 "model": self.fingerprint,
-                "noise": [self._defense.sigma, self._defense.noise_space] if settings.eot and self._defense else None,
+                "randomness": self._known_randomness(settings.eot),
                 **distance,
                 "rendering_gap": gaps[row],
                 "seconds": seconds,
@@ -192,32 +199,32 @@ class Crafter:
             entries[key] = self._cache.put(key, images, record)
         return entries
 
-    def _perturbation(self, settings: AttackSettings, keys: Collection[str]) -> Perturb:
-        """One draw of the defence's noise a call, keyed by the attacker's seed and each row's own key.
+    def _perturbation(self, settings: AttackSettings, keys: Sequence[str]) -> Perturb:
+        """One draw of the defence's randomness a call, keyed by the attacker's seed and each row's own key.
 
-        So a row's draws depend on no neighbour, and evaluation seeds stay unseen.
+        So a row's draws depend on no neighbour, restarts of a row share them, and evaluation seeds stay unseen.
         """
         assert self._defense is not None
-        defense = self._defense
-        statistics: PixelStatistics | None = None
-        if defense.noise_space == "pixel":
-            statistics = pixel_statistics(self._model, getattr(self._processor, "image_processor", self._processor))
-        draws = itertools.count()
+        defense, randomness, draws = self._defense, _randomness_of(self._defense), itertools.count()
+        assert randomness is not None
 
-        def perturb(rendered: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        def perturb(rendered: Mapping[str, torch.Tensor], rows: int) -> torch.Tensor:
             images = find_images(rendered, self._model.config)
             if images is None:
                 raise AttackError("the image processor rendered no pixels; expected pixel_values")
-            draw, parts, slots = next(draws), [], len(images.slices) // len(keys)
-            places = ((key, slot) for key in keys for slot in range(slots))
-            for where, (key, slot) in zip(images.slices, places, strict=True):
-                values = images.values[where]
-                generator = torch.Generator().manual_seed(_attacker_seed(settings.seed, key, slot, draw))
-                noise = images.layout.standard_noise(values.detach(), where, generator)
-                parts.append(add_noise(values, noise, images, defense.sigma, statistics))
-            return torch.cat(parts)
+            draw, slots = next(draws), range(len(images.slices) // rows)
+            places = itertools.product(list(keys) * (rows // len(keys)), slots)
+            generators = [_attackers_generator(settings.seed, key, slot, draw) for key, slot in places]
+            return randomness.draw(Draw(images, generators, self._statistics), defense.config)
 
         return perturb
+
+    def _statistics(self) -> PixelStatistics:
+        return pixel_statistics(self._model, getattr(self._processor, "image_processor", self._processor))
+
+
+def _randomness_of(defense: Choice) -> Randomness | None:
+    return getattr(plugins.load("defenses", defense.name), "randomness", None)
 
 
 def reference_answer(
@@ -247,10 +254,10 @@ def model_fingerprint(model: Any) -> str:
     return hasher.hexdigest()[:32]
 
 
-def _attacker_seed(seed: int, key: str, slot: int, draw: int) -> int:
+def _attackers_generator(seed: int, key: str, slot: int, draw: int) -> torch.Generator:
     """`draw` counts all draws of a crafting: number step * attack_eot + n is the n-th of a step."""
     place = b"attacker|%d|%b|%d|%d" % (seed, key.encode(), slot, draw)
-    return int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "big") >> 1
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "big") >> 1)
 
 
 def _pictures(rows: Sequence[Sequence[Image.Image]], device: torch.device) -> Pictures:
@@ -282,8 +289,6 @@ def _frozen(model: Any) -> Iterator[None]:
     """No gradients for the weights, and evaluation mode, for the time of an attack."""
     training = model.training
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if any(not parameter.is_floating_point() for parameter in model.parameters()):
-        log.warning("the model has quantised weights; gradients may not pass through them")
     for parameter in wanted:
         parameter.requires_grad_(False)
     model.eval()

@@ -4,18 +4,47 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lmms_smoothguard.attacks.base import Pictures
+from lmms_smoothguard.attacks.pictures import Pictures
 from lmms_smoothguard.attacks.rendering import Renderer
+from lmms_smoothguard.attacks.settings import AttackSettings
 from lmms_smoothguard.errors import AttackError
 from lmms_smoothguard.inputs.fitting import is_encoder_decoder
 from lmms_smoothguard.inputs.tiling import tile
 
-Perturb = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
-"""Rendered inputs -> the pixel tensor with one draw of the defence's noise (EOT)."""
+PIXELS = "pixel_values"
+Perturb = Callable[[Mapping[str, torch.Tensor], int], torch.Tensor]
+"""Rendered inputs of that many requests -> the pixel tensor after one draw of the defence's randomness (EOT)."""
+
+
+@dataclass(frozen=True)
+class Threat:
+    """What an attacker of one batch has before them: the model, and what it is asked.
+
+    processor: the model's whole processor, or its image processor; renderer: from pictures to the model's inputs; clean:
+    the clean pictures; prompts: captured inputs of each row, batch size 1, without pixels; answers: token ids of each
+    row's answer; perturb: one draw of a defence's randomness, `draws` of which are averaged (EOT), None for the bare model.
+    """
+
+    model: Any
+    processor: Any
+    renderer: Renderer
+    clean: Pictures
+    prompts: Sequence[Mapping[str, Any]]
+    answers: Sequence[Sequence[int]]
+    perturb: Perturb | None = None
+    draws: int = 1
+
+    def rendered(self, pictures: Pictures) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        """The inputs that pictures of any number of rows become, and their pixels in every draw, differentiably."""
+        inputs = self.renderer(pictures)
+        if self.perturb is None:
+            return inputs, [inputs[PIXELS]]
+        return inputs, [self.perturb(inputs, len(pictures[0])) for _ in range(self.draws)]
 
 
 def answer_ids(tokenizer: Any, prompt_ids: Sequence[int], text: str) -> list[int]:
@@ -59,48 +88,40 @@ class AnswerLoss:
     kind "target": minus the cross-entropy of a target; "ce": the cross-entropy of a reference to be led away from;
     "margin": by how much the best other token beats the reference's (Carlini & Wagner 2017).
 
-    prompts: captured inputs of each row, batch size 1, without pixels; answers: token ids of each row's answer. All prompts
-    are of one length and all answers too: padding would move positions, and with them last bits and gradient signs.
-    perturb: adds one draw of a defence's noise, `draws` of which are averaged a step (EOT); None attacks the model bare.
+    All prompts are of one length and all answers too: padding would move positions, and with them last bits and gradient
+    signs.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        renderer: Renderer,
-        prompts: Sequence[Mapping[str, Any]],
-        answers: Sequence[Sequence[int]],
-        *,
-        kind: str,
-        perturb: Perturb | None = None,
-        draws: int = 1,
-        pixel_key: str = "pixel_values",
-    ) -> None:
-        if is_encoder_decoder(model.config):
+    def __init__(self, threat: Threat, kind: str) -> None:
+        if is_encoder_decoder(threat.model.config):
             raise AttackError(
-                f"{type(model).__name__} is an encoder-decoder; expected a model whose answer follows its prompt. Attacks on "
-                "encoder-decoders are not supported."
+                f"{type(threat.model).__name__} is an encoder-decoder; expected a model whose answer follows its prompt. "
+                "Attacks on encoder-decoders are not supported."
             )
-        self._model, self._renderer, self._key = model, renderer, pixel_key
-        self._token_loss = _TOKEN_LOSSES[kind]
-        self._perturb, self._draws = perturb, draws if perturb is not None else 1
-        self._text = _pack(model, prompts, answers)
-        self._labels = torch.tensor([list(answer) for answer in answers])
-        self._cuts_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._threat, self._token_loss = threat, _TOKEN_LOSSES[kind]
+        self._text = _pack(threat.model, threat.prompts, threat.answers)
+        self._labels = torch.tensor([list(answer) for answer in threat.answers])
+        self._cuts_logits = "logits_to_keep" in inspect.signature(threat.model.forward).parameters
+
+    @classmethod
+    def against(cls, threat: Threat, settings: AttackSettings) -> AnswerLoss:
+        """The loss that these settings ask for."""
+        return cls(threat, settings.loss if settings.target is None else "target")
 
     def __call__(self, pictures: Pictures) -> torch.Tensor:
-        """(batch,): larger is better for the attacker."""
-        rendered = self._renderer(pictures)
-        if self._perturb is None:
-            copies = [rendered[self._key]]
-        else:
-            copies = [self._perturb(rendered) for _ in range(self._draws)]
-        inputs = tile({**self._text, **rendered}, copies, self._key)
+        """(R * batch,): larger is better for the attacker."""
+        rendered, copies = self._threat.rendered(pictures)
+        repeats = len(pictures[0]) // len(self._labels) if pictures else 1
+        inputs = tile({**_repeated(self._text, repeats), **rendered}, copies, PIXELS)
         keep = self._labels.shape[1] + 1
         extra = {"logits_to_keep": keep} if self._cuts_logits else {}
-        logits = self._model(**inputs, use_cache=False, **extra).logits[:, -keep:-1].float()
-        labels = self._labels.to(logits.device).repeat(len(copies), 1)
+        logits = self._threat.model(**inputs, use_cache=False, **extra).logits[:, -keep:-1].float()
+        labels = self._labels.to(logits.device).repeat(len(copies) * repeats, 1)
         return self._token_loss(logits, labels).mean(1).view(len(copies), -1).mean(0)
+
+
+def _repeated(text: Mapping[str, Any], times: int) -> dict[str, Any]:
+    return tile(text, [torch.empty(0)] * times, "") if times > 1 else dict(text)
 
 
 _ANSWER_TYPES = {"paligemma": 1}

@@ -1,18 +1,52 @@
-"""Projected gradient descent (Madry et al. 2018), L-inf and L2."""
+"""Projected gradient descent (Madry et al. 2018), L-inf and L2, with momentum (Dong et al. 2018) where asked."""
 
 from __future__ import annotations
 
-from lmms_smoothguard.attacks.base import Attack, Pictures
+import dataclasses
+
+import torch
+
+from lmms_smoothguard.attacks.base import IteratedAttack
+from lmms_smoothguard.attacks.pictures import Objective, Pictures, Progress, norms
+from lmms_smoothguard.errors import ConfigError
 
 
-class PGD(Attack):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PGDOptions:
+    """momentum: the share of the running mean of gradients (each divided by its mean absolute value) that is kept."""
+
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.momentum, bool) or not isinstance(self.momentum, int | float) or not 0 <= self.momentum <= 1:
+            raise ConfigError(f"attack momentum is {self.momentum!r}; expected a number from 0 to 1")
+
+
+class PGD(IteratedAttack):
     """Steps of constant length along the gradient's sign (L-inf) or direction (L2), halved for the last quarter."""
 
+    options = PGDOptions
+
+    def search(self, objective: Objective, clean: Pictures, start: Pictures, progress: Progress) -> Pictures:
+        """As every iterated attack, with a velocity of its own."""
+        self._velocity: Pictures | None = None
+        return super().search(objective, clean, start, progress)
+
     def step(self, number: int, current: Pictures, gradients: Pictures) -> Pictures:
+        """The next iterate."""
         length = self.settings.step * (0.5 if number >= 0.75 * self.settings.steps else 1.0)
+        directions = self._with_momentum(gradients) if self.settings.options.momentum else gradients
         if self.settings.norm == "linf":
-            return tuple(slot + length * gradient.sign() for slot, gradient in zip(current, gradients, strict=True))
+            return tuple(slot + length * towards.sign() for slot, towards in zip(current, directions, strict=True))
         return tuple(
-            slot + length * gradient / gradient.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
-            for slot, gradient in zip(current, gradients, strict=True)
+            slot + length * towards / norms(towards).clamp(min=1e-12)
+            for slot, towards in zip(current, directions, strict=True)
         )
+
+    def _with_momentum(self, gradients: Pictures) -> Pictures:
+        unit = tuple(slot / slot.abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12) for slot in gradients)
+        old = self._velocity or tuple(map(torch.zeros_like, unit))
+        self._velocity = tuple(
+            self.settings.options.momentum * before + now for before, now in zip(old, unit, strict=True)
+        )
+        return self._velocity

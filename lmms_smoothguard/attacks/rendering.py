@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lmms_smoothguard.attacks.base import Pictures
+from lmms_smoothguard.attacks.pictures import Pictures
 from lmms_smoothguard.errors import AttackError
 
 EXACT_ENOUGH = 0.03

@@ -13,6 +13,7 @@ from lmms_smoothguard.errors import ConfigError, did_you_mean
 
 NORMS = ("linf", "l2")
 LOSSES = ("margin", "ce")
+_TEXTS = ("name", "norm", "loss", "target")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,8 @@ class AttackSettings:
     (away from the right answer); eot: draws of the defence's noise a step, 0 = attack the undefended model;
     loss: what an untargeted attack raises, "margin" (the best other token over the right one) or "ce" (cross-entropy,
     whose gradient fades where the model is sure); a targeted one always lowers the cross-entropy of its target;
-    random_start: begin anywhere in the ball; seed: of the attacker's own randomness.
+    random_start: begin anywhere in the ball; restarts: independent beginnings, all in one batch, of which the best is kept;
+    seed: of the attacker's own randomness; options: the attack's own settings, an instance of its class's `options`.
     """
 
     name: str = "pgd"
@@ -36,12 +38,12 @@ class AttackSettings:
     target: str | None = None
     eot: int = 0
     random_start: bool = True
+    restarts: int = 1
     seed: int = 0
+    options: Any = None
 
     def __post_init__(self) -> None:
-        known = plugins.offers("attacks")
-        if self.name not in known:
-            raise ConfigError(f"unknown attack {self.name!r}; {did_you_mean(str(self.name), known)}")
+        own = options_of(self.name)
         if self.norm not in NORMS:
             raise ConfigError(f"attack norm is {self.norm!r}; {did_you_mean(str(self.norm), NORMS)}")
         if self.loss not in LOSSES:
@@ -58,27 +60,40 @@ class AttackSettings:
             )
         if self.step_size is not None and (not _number(self.step_size) or not self.step_size > 0):
             raise ConfigError(f"attack step_size is {self.step_size!r}; expected a positive number such as 1/255")
-        for field, least in (("steps", 1), ("eot", 0), ("seed", 0)):
+        for field, least in (("steps", 1), ("eot", 0), ("restarts", 1), ("seed", 0)):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"attack {field} is {value!r}; expected a whole number of at least {least}")
         if self.target is not None and (not isinstance(self.target, str) or not self.target.strip()):
             raise ConfigError(f"attack target is {self.target!r}; expected a text to be forced")
+        if self.options is None:
+            with plugins.blame("attacks", self.name):
+                object.__setattr__(self, "options", own())
+        elif not isinstance(self.options, own):
+            raise ConfigError(f"the options of attack {self.name!r} are {self.options!r}; expected a {own.__name__}")
 
     @classmethod
-    def parse(cls, value: Any, base: AttackSettings | None = None) -> AttackSettings:
-        """From a name or a mapping (fractions such as "4/255" may be text); its fields replace those of `base`."""
-        fields = {"name": value} if isinstance(value, str) else value
-        if not isinstance(fields, Mapping):
-            raise ConfigError(f"attack is {value!r}; expected a name such as 'pgd' or a mapping of its settings")
-        known = {field.name for field in dataclasses.fields(cls)}
-        for name in fields:
-            if name not in known:
-                raise ConfigError(f"unknown attack setting {name!r}; {did_you_mean(str(name), known)}")
-        parsed: dict[str, Any] = {
-            k: v if k in ("name", "norm", "loss", "target") else parse_scalar(v) for k, v in fields.items()
-        }
-        return dataclasses.replace(base, **parsed) if base is not None else cls(**parsed)
+    def parse(cls, *layers: Any) -> AttackSettings:
+        """From names or flat mappings (fractions such as "4/255" may be text); later layers win.
+
+        A layer that names another attack than those before brings that attack's defaults with it and drops the other's
+        options. Raises ConfigError for what the attack does not know.
+        """
+        name, merged = "pgd", _defaults("pgd")
+        for layer in map(_mapping, layers):
+            if (named := layer.get("name", name)) != name:
+                merged = {k: v for k, v in merged.items() if k in common_fields()} | _defaults(named)
+                name = named
+            known = common_fields() | _names(options_of(name))
+            for field in layer:
+                if field not in known:
+                    raise ConfigError(f"unknown attack setting {field!r} of {name}; {did_you_mean(str(field), known)}")
+            merged |= layer
+        parsed = {k: v if k in _TEXTS else parse_scalar(v) for k, v in merged.items()}
+        own = options_of(name)
+        with plugins.blame("attacks", name):
+            options = own(**{field: parsed.pop(field) for field in _names(own) & set(parsed)})
+        return cls(**parsed | {"name": name, "options": options})
 
     @property
     def step(self) -> float:
@@ -86,8 +101,54 @@ class AttackSettings:
         return self.step_size or max(self.eps / 8, 0.5 / 255)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
-        return dataclasses.asdict(self)
+        """All fields, the options' among them, ready for JSON; `parse` reads it back."""
+        flat = dataclasses.asdict(self)
+        return flat | flat.pop("options")
+
+
+def common_fields() -> set[str]:
+    """The settings that every attack has."""
+    return {field.name for field in dataclasses.fields(AttackSettings)} - {"options"}
+
+
+def options_of(name: Any) -> type[Any]:
+    """The dataclass of an attack's own settings. Raises ConfigError for an unknown attack, or one without a sound one."""
+    known = plugins.offers("attacks")
+    if name not in known:
+        raise ConfigError(f"unknown attack {name!r}; {did_you_mean(str(name), known)}")
+    own = getattr(plugins.load("attacks", name), "options", None)
+    if not isinstance(own, type) or not dataclasses.is_dataclass(own):
+        raise ConfigError(
+            f"attack {name!r} of {known[name].owner} has no dataclass `options`; expected a "
+            "lmms_smoothguard.attacks.base.Attack"
+        )
+    if taken := _names(own) & (common_fields() | {"options"}):
+        raise ConfigError(
+            f"attack {name!r} has the option {min(taken)!r}, a name of the common settings; expected another"
+        )
+    return own
+
+
+def all_fields() -> set[str]:
+    """The settings of every attack there is."""
+    return common_fields().union(*(_names(options_of(name)) for name in plugins.offers("attacks")))
+
+
+def _names(options: type[Any]) -> set[str]:
+    return {field.name for field in dataclasses.fields(options)}
+
+
+def _defaults(name: Any) -> dict[str, Any]:
+    options_of(name)
+    return dict(getattr(plugins.load("attacks", name), "defaults", {}))
+
+
+def _mapping(layer: Any) -> dict[str, Any]:
+    if isinstance(layer, str):
+        return {"name": layer}
+    if not isinstance(layer, Mapping):
+        raise ConfigError(f"attack is {layer!r}; expected a name such as 'pgd' or a mapping of its settings")
+    return dict(layer)
 
 
 def _number(value: Any) -> bool:

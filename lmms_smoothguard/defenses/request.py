@@ -11,6 +11,7 @@ import torch
 from lmms_smoothguard.errors import UndefendableError
 from lmms_smoothguard.inputs.fitting import misfits
 from lmms_smoothguard.inputs.media import Images, find_images
+from lmms_smoothguard.noise import Randomness
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,12 @@ class Defense(NamedTuple):
 
     config: a frozen dataclass, the defence's settings with defaults; defend: (request, config) -> Defended, or None for a
     request with nothing to defend. It may raise UndefendableError, and must rather than answer undefended.
+    randomness: how an adaptive attacker draws what the defence does to pixels; None where it changes none.
     """
 
     config: type[Any]
     defend: Callable[[Request, Any], Defended | None]
+    randomness: Randomness | None = None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from lmms_smoothguard.errors import UndefendableError
 from lmms_smoothguard.inputs.media import Images
 from lmms_smoothguard.inputs.statistics import pixel_statistics
 from lmms_smoothguard.inputs.tiling import tile
-from lmms_smoothguard.noise import NoiseSource
+from lmms_smoothguard.noise import NOISE, NoiseSource
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def defend(request: Request, config: SmoothGuardConfig) -> Defended | None:
     return Defended(output, verdicts)
 
 
-DEFENSE = Defense(SmoothGuardConfig, defend)
+DEFENSE = Defense(SmoothGuardConfig, defend, NOISE)
 
 
 # -- answer level ------------------------------------------------------------------------------------------------------

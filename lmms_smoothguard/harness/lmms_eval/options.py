@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lmms_smoothguard.attacks.cache import default_cache_dir
-from lmms_smoothguard.attacks.settings import AttackSettings
+from lmms_smoothguard.attacks.settings import AttackSettings, all_fields, common_fields
 from lmms_smoothguard.choice import DEFAULT, Choice, choose, field_names
 from lmms_smoothguard.config import parse_scalar
 from lmms_smoothguard.errors import ConfigError, did_you_mean
 
-_ATTACK_FIELDS = {f"attack_{f.name}": f.name for f in dataclasses.fields(AttackSettings) if f.name != "name"}
 _TASK_FIELDS = ("label", "target_field")  # in a task's metadata.attack only: names of document fields
 
 
@@ -44,7 +43,7 @@ class Options:
             raise ConfigError(f"metadata.attack is {asked!r}; expected a name such as pgd, or a mapping")
         fields = {"name": asked} if isinstance(asked, str) else dict(asked or {})
         places = {name: fields.pop(name, None) for name in _TASK_FIELDS}
-        return TaskAttack(AttackSettings.parse(self.attack, AttackSettings.parse(fields)), **places)
+        return TaskAttack(AttackSettings.parse(fields, self.attack), **places)
 
 
 def take_options(kwargs: dict[str, Any], accepted: Sequence[str] = ()) -> Options:
@@ -68,12 +67,17 @@ def take_options(kwargs: dict[str, Any], accepted: Sequence[str] = ()) -> Option
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ConfigError(f"attack_batch_size is {batch_size!r}; expected a whole number of at least 1")
     for key in [key for key in kwargs if key.startswith("attack_") and key != "attack_implementation"]:
-        if key not in _ATTACK_FIELDS:
-            raise ConfigError(f"unknown attack setting {key!r}; {did_you_mean(key, [*_ATTACK_FIELDS, 'attack_cache'])}")
-        attack[_ATTACK_FIELDS[key]] = kwargs.pop(key)
-    if attack:
-        AttackSettings.parse(attack)  # a bad value is refused before the model is loaded
+        if key not in (known := attack_keys()):
+            raise ConfigError(f"unknown attack setting {key!r}; {did_you_mean(key, [*known, 'attack_cache'])}")
+        attack[key.removeprefix("attack_")] = kwargs.pop(key)
+    # A bad value is refused before the model is loaded; options are those of an attack that only the task may name.
+    AttackSettings.parse(attack if "name" in attack else {k: v for k, v in attack.items() if k in common_fields()})
     return Options(defense, attack, Path(cache).expanduser() if cache else default_cache_dir() / "attacks", batch_size)
+
+
+def attack_keys() -> list[str]:
+    """`attack_eps` and the like, those of every attack's own options among them."""
+    return sorted(f"attack_{field}" for field in all_fields() - {"name"})
 
 
 def _fields_of(defense: Any) -> tuple[str, ...]:
@@ -92,6 +96,6 @@ def explain_leftover(kwargs: Mapping[str, Any], accepted: Sequence[str], defense
                 "attack",
                 "attack_cache",
                 "attack_batch_size",
-                *_ATTACK_FIELDS,
+                *attack_keys(),
             ]
             raise ConfigError(f"unknown model argument {key!r}; {did_you_mean(key, known)}")

@@ -159,7 +159,7 @@ class SmoothGuardMixin:
                 f"{type(self).__name__} shows no processor; expected one to carry gradients to the pixels"
             )
         model, cache = self._sg_model(), AttackCache(self._sg_options.attack_cache)
-        defense, quiet = getattr(self._sg_options.defense, "config", None), self._sg_quiet()
+        defense, quiet = self._sg_options.defense, self._sg_quiet()
         crafter = Crafter(model, processor, cache, defense, self._sg_options.attack_batch_size, quiet)
         tokenizer = getattr(processor, "tokenizer", None) or getattr(self, "tokenizer", None)
         jobs, plains = [], []
