@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lmms_smoothguard.evaluation.metrics import Rate, rate
+from lmms_smoothguard.evaluation.rates import Rate, rate
 from lmms_smoothguard.judges import Verdict
 
 OPINIONS = (Verdict.SAFE, Verdict.UNSAFE)
@@ -29,7 +29,7 @@ class Agreement:
     def to_dict(self) -> dict[str, object]:
         return {
             "judges": [self.first, self.second],
-            **self.equal.to_dict(),
+            **self.equal.figure().to_dict(),
             "kappa": self.kappa,
             "samples": self.samples,
         }

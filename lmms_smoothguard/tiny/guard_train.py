@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmms_smoothguard.evaluation.metrics import Rate, rate
+from lmms_smoothguard.evaluation.rates import Rate, rate
 from lmms_smoothguard.tiny.guard_lessons import CATEGORIES, Lesson, lessons
 from lmms_smoothguard.tiny.guard_model import build_model, build_tokenizer, prompt, verdict_text
 
@@ -120,7 +120,7 @@ def write_card(target: Path, recipe: GuardRecipe, parameters: int, figures: dict
         "command": command,
         "recipe": dataclasses.asdict(recipe),
         "parameters": parameters,
-        "figures": {name: value.to_dict() for name, value in figures.items()},
+        "figures": {name: value.figure().to_dict() for name, value in figures.items()},
     }
     (target / "figures.json").write_text(json.dumps(record, indent=1) + "\n")
     table = "\n".join(f"| {name} | {value} |" for name, value in figures.items())

@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lmms_smoothguard.evaluation.metrics import Rate, rate
+from lmms_smoothguard.evaluation.rates import Rate, rate
 from lmms_smoothguard.harness.lmms_eval import judging, ledger
 from lmms_smoothguard.harness.lmms_eval.scoring import asr, asr_count, asr_high, asr_low, recovered
 from lmms_smoothguard.judges import Judgement, Verdict
