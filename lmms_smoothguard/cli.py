@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from lmms_smoothguard.attacking.command import attack
 from lmms_smoothguard.errors import SmoothGuardError, did_you_mean, explain
 
 app = typer.Typer(
@@ -69,6 +70,9 @@ def train_tiny_guard(
     recipe = GuardRecipe(seed=seed)
     figures = train(out, dataclasses.replace(recipe, steps=max(1, round(recipe.steps * scale))), typer.echo)
     typer.echo("\n".join(f"{name}: {value}" for name, value in figures.items()))
+
+
+app.command(no_args_is_help=True)(attack)
 
 
 @app.command()
