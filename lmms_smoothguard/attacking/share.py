@@ -19,8 +19,8 @@ from lmms_smoothguard.attacks.cache import AttackCache, Entry
 from lmms_smoothguard.attacks.craft import Crafter, Job
 from lmms_smoothguard.attacks.goals import goal
 from lmms_smoothguard.errors import AttackError
-from lmms_smoothguard.evaluation.metrics import rate
 from lmms_smoothguard.evaluation.questions import Question, Questions
+from lmms_smoothguard.evaluation.rates import rate
 from lmms_smoothguard.subject import Subject
 
 log = logging.getLogger(__name__)
@@ -179,7 +179,8 @@ class Share:
         if self._asked.defense is not None:
             reply = self._subject.answer(inputs, self._length, self._asked.defense)
             record["defended_answer"] = reply.text
-            record["defended_success"] = self._outcome(one, reply.text).success
+            outcome = self._outcome(one, reply.text)
+            record |= {"defended_success": outcome.success, "defended_verdict": outcome.verdict}
             for field in ("agreement", "suspicion", "suspected", "num_samples_used"):
                 record[f"defended_{field}"] = getattr(reply.verdict, field, None)
         return record
