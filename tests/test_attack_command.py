@@ -103,7 +103,7 @@ def test_a_run_s_table_says_what_its_images_do(tmp_path, tiny):
     hits = sum(row["success"] for row in found)
     assert hits > 0
     summary = json.loads((tmp_path / "out/summary.json").read_text())["rates"]["label"]
-    assert summary["asr"] == Rate(hits, 3).to_dict()
+    assert summary["asr"] == Rate(hits, 3).figure().to_dict()
     assert str(Rate(hits, 3)) in said
     assert json.loads(found[0]["defense"])["sigma"] == 0.2
     stored = (tmp_path / "out/settings.json").read_text()
@@ -181,7 +181,7 @@ def test_no_two_ids_share_a_file_name(ids):
 def test_what_counts_as_a_success(rules, known, clean, answer, expected):
     asked = {"target": None, "label": None} | known
     found = tuple(Rules(**rules).outcome("?", **asked, clean=clean, answer=answer))
-    assert found == (expected + (None,))[:4]
+    assert found == (*expected, None)[:4]
 
 
 def test_targets_one_for_all_or_each_its_own(tmp_path, images, scenes):
