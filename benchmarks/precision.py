@@ -14,8 +14,8 @@ import datasets
 import torch
 
 import hf_integration
+from lmms_smoothguard.evaluation.machine import environment
 from lmms_smoothguard.evaluation.metrics import mean, rate
-from lmms_smoothguard.report.experiments import environment
 from lmms_smoothguard.tiny.model import MODEL_DIR, prompt
 
 ROOT = Path(__file__).parent.parent

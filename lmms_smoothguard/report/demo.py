@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lmms_smoothguard.errors import SmoothGuardError
+from lmms_smoothguard.evaluation.machine import environment
 from lmms_smoothguard.evaluation.runs import load_samples
-from lmms_smoothguard.report.experiments import ATTACKED, Experiment, environment, run, summarize
+from lmms_smoothguard.report.experiments import ATTACKED, Experiment, run, summarize
 from lmms_smoothguard.report.page import write_page
 from lmms_smoothguard.report.tables import print_table
 from lmms_smoothguard.tiny.model import MODEL_DIR

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -123,28 +121,3 @@ def _design_effect(
     wrong = [not now for now, was_right in zip(right, clean_right, strict=True) if was_right]
     effect = design_effect(wrong, scenes_of(task, counted))
     return None if math.isnan(effect) else effect
-
-
-def environment() -> dict[str, Any]:
-    """The machine and the versions a result belongs to."""
-    names = ("torch", "torchvision", "transformers", "lmms-eval", "scikit-learn", "lmms-smoothguard")
-    processor = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        processor = models[0] if models else processor
-    return {
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **{name: _version(name) for name in names},
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None  # figures without a harness need no lmms-eval
