@@ -97,6 +97,11 @@ class Questions(Sequence[Question]):
         """The ids of all questions."""
         return tuple(words.id for words in self._words)
 
+    @property
+    def words(self) -> tuple[Words, ...]:
+        """All questions without their pictures."""
+        return self._words
+
     def _images(self, number: int) -> tuple[Image.Image, ...]:
         return tuple(_rgb(image) for image in self._pictures(number))
 

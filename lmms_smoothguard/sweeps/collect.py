@@ -44,7 +44,7 @@ class Answers:
     """words: the questions; clean: the undefended answers to them; cells: by condition and noise, one a question;
     answered: copies that had to be answered because no cache had them."""
 
-    words: list[Words] = field(default_factory=list)
+    words: Sequence[Words]
     clean: list[Ids] = field(default_factory=list)
     cells: dict[tuple[str, Noise], list[Cell]] = field(default_factory=lambda: defaultdict(list))
     answered: int = 0
@@ -60,7 +60,14 @@ class Collector:
     """Fills `Answers` for one model and one grid; whatever a cache has is not computed again."""
 
     def __init__(
-        self, subject: Subject, grid: Grid, cache: Path, *, max_new_tokens: int, batch_size: int = 32, quiet: bool = False
+        self,
+        subject: Subject,
+        grid: Grid,
+        cache: Path,
+        *,
+        max_new_tokens: int,
+        batch_size: int = 32,
+        quiet: bool = False,
     ) -> None:
         """cache: for adversarial pictures (`attacks`) and answers (`answers`); batch_size: of pictures crafted together."""
         self._subject, self._grid, self._quiet, self._batch_size = subject, grid, quiet, batch_size
@@ -83,14 +90,12 @@ class Collector:
             )
         from tqdm import tqdm
 
-        found, passes = Answers(), self._passes()
+        found, passes = Answers(questions.words), self._passes()
         total = len(questions) * len(passes)
         with tqdm(total=total, desc="answering copies", unit="request", disable=self._quiet) as bar:
             for start in range(0, len(questions), _AT_ONCE):
                 asked = [self._ask(question) for question in questions[start : start + _AT_ONCE]]
-                for part in asked:
-                    found.words.append(Words(part.question.id, part.question.text, *dataclasses.astuple(part.question)[3:]))
-                    found.clean.append(part.clean)
+                found.clean += [part.clean for part in asked]
                 for condition, noise in passes:
                     found.cells[condition.name, noise] += self._cells(asked, condition, noise, bar)
         found.answered = self._answerer.answered
@@ -134,8 +139,6 @@ class Collector:
 
     def _job(self, part: _Asked, attack: AttackSettings) -> Job:
         tokenizer, label = self._subject.tokenizer, part.question.label
-        if attack.target is None and part.question.target is not None:
-            pass  # the data's own target is for targeted attacks alone: a sweep counts wrong answers
         if attack.target is not None:
             answer = answer_ids(tokenizer, part.inputs["input_ids"][0].tolist(), attack.target)
         else:

@@ -56,7 +56,9 @@ class Point:
         c = self.config
         clean = "" if c.include_clean else " noisy"
         always = "" if self.majority_first else _ALWAYS
-        return f"sigma {c.sigma:g} {c.noise_space}, N {c.num_samples}{clean}, {c.aggregator}{always}/{shown(c.embedder)}"
+        return (
+            f"sigma {c.sigma:g} {c.noise_space}, N {c.num_samples}{clean}, {c.aggregator}{always}/{shown(c.embedder)}"
+        )
 
     @property
     def defense(self) -> dict[str, Any] | None:
@@ -68,8 +70,9 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Every combination is a point, but for those that could not differ: without noise there is one undefended point, and
-    a vote needs no embedder. An aggregator `kmeans/always` is asked even where more than half of the copies agree."""
+    """Every combination is a point, but for those that could not differ: without noise there is one undefended point, a
+    vote needs no embedder, and of one answer alone, a noisy copy's, there is nothing to aggregate. An aggregator
+    `kmeans/always` is asked even where more than half of the copies agree."""
 
     sigmas: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
     noise_spaces: tuple[str, ...] = ("pixel",)
@@ -81,7 +84,16 @@ class Grid:
     conditions: tuple[Condition, ...] = field(default_factory=lambda: conditions(("none", "pgd"), (4 / 255,)))
 
     def __post_init__(self) -> None:
-        for name in ("sigmas", "noise_spaces", "num_samples", "clean_copy", "aggregators", "embedders", "seeds", "conditions"):
+        for name in (
+            "sigmas",
+            "noise_spaces",
+            "num_samples",
+            "clean_copy",
+            "aggregators",
+            "embedders",
+            "seeds",
+            "conditions",
+        ):
             values = getattr(self, name)
             if not values:
                 raise ConfigError(f"{name} is empty; expected at least one value")
@@ -112,8 +124,8 @@ class Grid:
     def _voted(self, base: SmoothGuardConfig) -> Iterator[Point]:
         largest = max(self.num_samples)
         for count in self.num_samples:
-            for clean in self.clean_copy:
-                for number, (aggregator, embedder) in enumerate(self._aggregations()):
+            for clean in self.clean_copy if count > 1 else (False,):
+                for number, (aggregator, embedder) in enumerate(self._aggregations(count)):
                     config = dataclasses.replace(
                         base,
                         num_samples=count,
@@ -121,12 +133,26 @@ class Grid:
                         aggregator=aggregator.removesuffix(_ALWAYS),
                         embedder=embedder,
                     )
-                    main = count == largest and clean == self.clean_copy[0] and number == 0
+                    main = count == largest and clean == (self.clean_copy[0] and count > 1) and number == 0
                     yield Point(config, self.seeds, not aggregator.endswith(_ALWAYS), main)
 
-    def _aggregations(self) -> list[tuple[str, str]]:
+    def reference(self, point: Point) -> Point | None:
+        """The vote on all copies under the same noise, where the grid has it; None for that vote itself and undefended."""
+        if point.config is None:
+            return None
+        largest = max(self.num_samples)
+        wanted = dataclasses.replace(
+            point.config,
+            num_samples=largest,
+            include_clean=self.clean_copy[0] and largest > 1,
+            aggregator="vote",
+            embedder="lexical",
+        )
+        return next((p for p in self.points() if p.config == wanted and p != point), None)
+
+    def _aggregations(self, count: int) -> list[tuple[str, str]]:
         pairs = [(a, "lexical" if a == "vote" else e) for a in self.aggregators for e in self.embedders]
-        return list(dict.fromkeys(pairs))
+        return list(dict.fromkeys(pairs))[: 1 if count == 1 else None]
 
 
 def conditions(

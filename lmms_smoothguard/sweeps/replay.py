@@ -43,9 +43,7 @@ class Replay:
             for words, clean, cell in zip(answers.words, answers.clean, cells, strict=True)
         ]
 
-    def _sample(
-        self, words: Words, clean: Ids, cell: Cell, point: Point, run: str, task: str
-    ) -> SampleRecord:
+    def _sample(self, words: Words, clean: Ids, cell: Cell, point: Point, run: str, task: str) -> SampleRecord:
         (before,) = self._texts([clean])
         texts, verdict = self.vote(cell, point)
         answer = texts[verdict.chosen].strip()
