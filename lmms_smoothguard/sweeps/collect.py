@@ -69,7 +69,8 @@ class Collector:
         batch_size: int = 32,
         quiet: bool = False,
     ) -> None:
-        """cache: for adversarial pictures (`attacks`) and answers (`answers`); batch_size: of pictures crafted together."""
+        """cache: for adversarial pictures (`attacks`) and answers (`answers`); batch_size: rows of the model at once, EOT's draws counted,
+        while pictures are crafted."""
         self._subject, self._grid, self._quiet, self._batch_size = subject, grid, quiet, batch_size
         self._attacks = AttackCache(cache / "attacks")
         self._answerer = Answerer(subject.model, subject.processor, AnswerCache(cache / "answers"))
@@ -131,9 +132,8 @@ class Collector:
         if key not in self._crafters:
             config = SmoothGuardConfig(sigma=noise.sigma, noise_space=noise.space)
             defense = Choice("smoothguard", config) if attack.eot else None
-            size = self._batch_size * max(1, attack.eot // 2)  # of draws; a crafter divides it by them
             self._crafters[key] = Crafter(
-                self._subject.model, self._subject.processor, self._attacks, defense, size, self._quiet
+                self._subject.model, self._subject.processor, self._attacks, defense, self._batch_size, self._quiet
             )
         return self._crafters[key].craft([self._job(part, attack) for part in asked])
 

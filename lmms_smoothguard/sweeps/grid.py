@@ -234,14 +234,12 @@ def clean_copy(text: str) -> tuple[bool, ...]:
     return _CLEAN_COPY[text]
 
 
-def settings_of(name: str, text: str) -> dict[str, str]:
-    """`steps=40,loss=ce`. Raises ConfigError."""
+def pairs(name: str, given: Sequence[str]) -> dict[str, str]:
+    """Texts such as `steps=40`. Raises ConfigError."""
     made = {}
-    for part in filter(None, text.split(",")):
-        key, sign, value = part.partition("=")
+    for text in given:
+        key, sign, value = text.partition("=")
         if not sign or not key.strip():
-            raise ConfigError(f"{name} is {text!r}; expected settings such as steps=40,loss=ce")
-        if key.strip() in ("name", "eps", "eot"):
-            raise ConfigError(f"{name} sets {key.strip()}; expected it in --attack (name, +eot8) or --eps")
-        made[key.strip()] = value.strip()
+            raise ConfigError(f"{name} is {text!r}; expected key=value")
+        made[key.strip().replace("-", "_")] = value.strip()
     return made

@@ -39,7 +39,7 @@ def sweep(
     """The record of a sweep, and the samples of its main points.
 
     cache: where adversarial pictures and answers are kept; max_new_tokens: None = as the questions' source says, else 32;
-    batch_size: of pictures crafted together. Raises SmoothGuardError for whatever cannot be asked, attacked or defended.
+    batch_size: rows of the model at once, EOT's draws counted, while pictures are crafted. Raises SmoothGuardError for whatever cannot be asked, attacked or defended.
     """
     tokens = max_new_tokens or questions.max_new_tokens or DEFAULT_TOKENS
     collector = Collector(subject, grid, cache, max_new_tokens=tokens, batch_size=batch_size)
@@ -50,8 +50,7 @@ def sweep(
         name=name,
         about=about,
         command=command,
-        model=ModelRecord(name=Path(subject.name).name if Path(subject.name).is_dir() else subject.name,
-                          fingerprint=subject.fingerprint),
+        model=ModelRecord(name=plain_name(subject.name), fingerprint=subject.fingerprint),
         tasks={condition.name: _task(condition, questions) for condition in grid.conditions},
         points=points,
         seeds={"attack": _attack_seeds(grid), "defense": list(grid.seeds)},
@@ -97,9 +96,8 @@ def _points(grid: Grid, answers: Answers, replay: Replay, run: str) -> tuple[lis
 
 
 def _task(condition: Condition, questions: Questions) -> TaskRecord:
-    source = Path(questions.source)
     data = DataRecord(
-        source=source.name if source.is_absolute() or source.exists() else questions.source,
+        source=plain_name(questions.source),
         count=len(questions),
         revision=questions.revision,
         split=questions.split,
@@ -115,6 +113,12 @@ def _task(condition: Condition, questions: Questions) -> TaskRecord:
             settings=dict(settings), access="gradients" if gradients else "scores", adaptive=attack.eot > 0
         ),
     )
+
+
+def plain_name(source: str) -> str:
+    """A model or data without a machine's path: of what lies here its own name, else (a hub's id, a task) as it is."""
+    path = Path(source).expanduser()
+    return path.resolve().name if path.is_absolute() or path.exists() else source
 
 
 def _attack_seeds(grid: Grid) -> list[int]:
