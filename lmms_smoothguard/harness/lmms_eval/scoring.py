@@ -10,7 +10,7 @@ from typing import Any
 
 from lmms_smoothguard import plugins
 from lmms_smoothguard.aggregation.verdict import normalize_answer
-from lmms_smoothguard.evaluation.metrics import Rate, attack_success_rate, rate, recovery
+from lmms_smoothguard.evaluation.rates import Rate, attack_success_rate, rate, recovery
 from lmms_smoothguard.harness.lmms_eval import ledger
 
 ATTACK_METRICS = ("asr", "asr_low", "asr_high", "asr_count", "recovery")
