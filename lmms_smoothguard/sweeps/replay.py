@@ -9,20 +9,12 @@ from typing import Any
 import numpy as np
 
 from lmms_smoothguard.aggregation.embedders import Embed, EmbedderContext, load_embedder
-from lmms_smoothguard.aggregation.verdict import Verdict, aggregate, normalize_answer
-from lmms_smoothguard.evaluation.pope import yes_or_no
+from lmms_smoothguard.aggregation.verdict import Verdict, aggregate
 from lmms_smoothguard.evaluation.questions import Words
 from lmms_smoothguard.evaluation.samples import SampleRecord
 from lmms_smoothguard.sweeps.answers import Ids, Noise
-from lmms_smoothguard.sweeps.collect import QUIET, Answers, Cell
+from lmms_smoothguard.sweeps.collect import QUIET, Answers, Cell, is_right
 from lmms_smoothguard.sweeps.grid import Point
-
-
-def is_right(answer: str, label: str) -> bool:
-    """Whether an answer is the right one: of a yes / no question by its first word, else as a vote compares answers."""
-    if normalize_answer(label) in ("yes", "no"):
-        return yes_or_no(answer) is yes_or_no(label)
-    return normalize_answer(answer) == normalize_answer(label)
 
 
 class Replay:
