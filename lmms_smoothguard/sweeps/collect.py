@@ -157,5 +157,7 @@ class Collector:
             clean_is_right=label is None or is_right(said, label),
         )
         if answer is None:
-            raise AttackError(f"the clean answer to question {part.question.id!r} is empty; expected words to lead away from")
+            raise AttackError(
+                f"the clean answer to question {part.question.id!r} is empty; expected words to lead away from"
+            )
         return Job(attack, part.question.images, part.inputs, answer)

@@ -50,7 +50,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        """Unique within a grid: `sigma 0.2 pixel, N 10, kmeans/lexical`."""
+        """Unique within a grid: `sigma 0.2 pixel, N 10, kmeans (lexical)`."""
         if self.config is None:
             return "undefended"
         c = self.config
