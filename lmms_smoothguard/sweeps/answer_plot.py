@@ -114,6 +114,9 @@ def _panel(axis: Any, sample: SampleRecord, places: dict[str, tuple[float, float
     axis.set_ylim(-1.5 * reach, 1.3 * reach)
     axis.set_xticks([])
     axis.set_yticks([])
+    for spine in axis.spines.values():
+        spine.set_visible(True)
+        spine.set_color("#d9d9d9")
 
 
 def _beside(place: tuple[float, float], number: int, total: int, radius: float) -> tuple[float, float]:

@@ -59,10 +59,10 @@ def differences(by_seed: BySeed, vote: BySeed) -> dict[str, Figure]:
     return figures
 
 
-def _rate(by_seed: Mapping[int, Mapping[str, bool]], samples: BySeed) -> Figure:
+def _rate(by_seed: Mapping[Hashable, Mapping[str, bool]], samples: BySeed) -> Figure:
     groups = groups_of_samples(next(iter(samples.values())))
     if len(by_seed) > 1 and next(iter(by_seed.values())):
-        return pooled_rate({**by_seed}, groups)
+        return pooled_rate(by_seed, groups)
     (told,) = list(by_seed.values())[:1]
     return rate(told.values()).figure(design_effect(list(told.values()), [groups[name] for name in told]))
 

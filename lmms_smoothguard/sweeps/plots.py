@@ -118,6 +118,8 @@ def _sigma_panel(axis: Any, records: Sequence[SweepRecord], space: str, adaptive
     axis.set_title("adaptive attack (EOT over the noise)" if adaptive else "standard attack")
     axis.set_xlabel(f"sigma, {'[0, 1] pixels' if space == 'pixel' else 'normalised units'} (0: undefended)")
     axis.set_ylim(-3, 103)
+    axis.set_xticks(sorted({sigma for line in asr for sigma, _ in line.places}))
+    axis.xaxis.set_major_formatter(lambda sigma, _: f"{sigma:g}")
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=8)
 
 
@@ -233,6 +235,8 @@ def _pareto_panel(axis: Any, found: Sequence[Trade], colours: dict[float, Any]) 
                          linewidths=1.4 if trade.name in best else 0.5, zorder=3 if trade.name in best else 2,
                          marker="X" if sigma == 0 else "o")  # fmt: skip
     axis.margins(0.12)
+    axis.set_xlim(right=min(axis.get_xlim()[1], 100.6))
+    axis.set_ylim(top=min(axis.get_ylim()[1], 101.5))
 
 
 def _pareto_key(colours: dict[float, Any], copies: Sequence[int]) -> tuple[list[Any], list[str]]:
