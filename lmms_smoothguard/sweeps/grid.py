@@ -56,9 +56,8 @@ class Point:
         c = self.config
         clean = "" if c.include_clean else " noisy"
         always = "" if self.majority_first else _ALWAYS
-        return (
-            f"sigma {c.sigma:g} {c.noise_space}, N {c.num_samples}{clean}, {c.aggregator}{always}/{shown(c.embedder)}"
-        )
+        over = "" if c.aggregator == "vote" else f" ({shown(c.embedder)})"
+        return f"sigma {c.sigma:g} {c.noise_space}, N {c.num_samples}{clean}, {c.aggregator}{always}{over}"
 
     @property
     def defense(self) -> dict[str, Any] | None:
