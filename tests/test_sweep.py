@@ -407,3 +407,11 @@ def test_presets():
     assert grids.whole_numbers("n", "1..3, 7") == (1, 2, 3, 7)
     with pytest.raises(ConfigError, match="expected key=value"):
         grids.pairs("--set", ["steps"])
+
+
+def test_the_page_of_sweeps_is_that_of_the_result_files():
+    names = [ROOT / "benchmarks" / "results" / f"{part.name}.json" for part in README]
+    if not all(path.exists() for path in names):
+        pytest.skip("the sweeps were not run yet: smoothguard sweep --preset readme")
+    script = ROOT / "benchmarks" / "sweep_pages.py"
+    assert subprocess.run([sys.executable, str(script), "--check"], check=False).returncode == 0

@@ -18,8 +18,8 @@ from lmms_smoothguard.sweeps.grid import CLEAN
 from lmms_smoothguard.sweeps.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, panels, style
 
 _CLUSTERS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION)
-_SHOWN, _NAMED = 3, 3
-"""Questions in a figure, and answers spelt out in a panel."""
+_SHOWN, _NAMED, _LONGEST = 3, 3, 70
+"""Questions in a figure, answers spelt out in a panel, and characters of each."""
 
 
 class Pair(NamedTuple):
@@ -60,7 +60,7 @@ def answers_figure(samples: Sequence[SampleRecord], embed: Embed | None = None, 
         return None
     embed = embed or load_embedder(EmbedderContext("lexical"))
     with style():
-        figure, axes = panels(len(pairs), 2, 7.6, 2.5 * len(pairs) + 0.5)
+        figure, axes = panels(len(pairs), 2, 8.2, 2.6 * len(pairs) + 0.5)
         for row, pair in zip(axes, pairs, strict=True):
             places = _places([*(pair.clean.candidates or ()), *(pair.attacked.candidates or ())], embed)
             reach = max((math.hypot(*place) for place in places.values()), default=1.0) or 1.0
@@ -108,10 +108,15 @@ def _panel(axis: Any, sample: SampleRecord, places: dict[str, tuple[float, float
     for key, count in totals.most_common(_NAMED):
         x, y = places[key]
         text = next(text for text in texts if normalize_answer(text) == key)
-        axis.annotate(f"{count} x  " + textwrap.shorten(re.sub(r"\s+", " ", text), 44, placeholder=" ..."),
-                      (x, y), xytext=(0, -13), textcoords="offset points", ha="center", va="top", fontsize=7, color="#333333")  # fmt: skip
-    axis.set_xlim(-1.5 * reach, 1.5 * reach)
-    axis.set_ylim(-1.5 * reach, 1.3 * reach)
+        told = textwrap.shorten(re.sub(r"\s+", " ", text), _LONGEST, placeholder=" ...")
+        # Turned inwards at the sides, so that nothing leaves its panel.
+        side = "left" if x < -0.6 * reach else "right" if x > 0.6 * reach else "center"
+        axis.annotate(
+            "\n".join(textwrap.wrap(f"{count} x {told}", 25)), (x, y), xytext=(0, -11), textcoords="offset points",
+            ha=side, va="top", fontsize=6.5, color="#333333", linespacing=1.05,
+        )  # fmt: skip
+    axis.set_xlim(-1.4 * reach, 1.4 * reach)
+    axis.set_ylim(-1.6 * reach, 1.2 * reach)
     axis.set_xticks([])
     axis.set_yticks([])
     for spine in axis.spines.values():
