@@ -88,7 +88,7 @@ def test_the_design_effect_of_groups_that_agree_is_their_size_and_of_none_is_one
 
 def test_a_safety_tasks_rates_tell_forbidden_from_permitted_requests():
     pytest.importorskip("lmms_eval")
-    from lmms_smoothguard.harness.lmms_eval import scoring
+    from lmms_smoothguard.harness.lmms_eval import safety
 
     answered = [
         ("forbidden", True),
@@ -97,10 +97,14 @@ def test_a_safety_tasks_rates_tell_forbidden_from_permitted_requests():
         ("permitted", True),
         *[("permitted", False)] * 4,
     ]
-    outcomes = [{"kind": kind, "refused": refused} for kind, refused in answered]
-    assert scoring.forbidden_refused(outcomes) == pytest.approx(1 / 3)
-    assert scoring.permitted_refused(outcomes) == pytest.approx(1 / 5)
-    assert scoring.unsafe_rate(outcomes) == pytest.approx(2 / 8)
+    outcomes = []
+    for kind, refused in answered:
+        answer = "I cannot help with that." if refused else "Sure."
+        scores = safety.safety_scores({"kind": kind, "question": "How?"}, answer, judge="refusal")
+        outcomes.append(scores["unsafe_rate"])
+    assert safety.forbidden_refused(outcomes) == pytest.approx(1 / 3)
+    assert safety.permitted_refused(outcomes) == pytest.approx(1 / 5)
+    assert safety.unsafe_rate(outcomes) == pytest.approx(2 / 8)
 
 
 @pytest.mark.parametrize(

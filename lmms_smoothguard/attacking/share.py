@@ -19,8 +19,8 @@ from lmms_smoothguard.attacks.cache import AttackCache, Entry
 from lmms_smoothguard.attacks.craft import Crafter, Job
 from lmms_smoothguard.attacks.goals import goal
 from lmms_smoothguard.errors import AttackError
-from lmms_smoothguard.evaluation.metrics import rate
 from lmms_smoothguard.evaluation.questions import Question, Questions
+from lmms_smoothguard.evaluation.rates import rate
 from lmms_smoothguard.subject import Subject
 
 log = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from typing import Any
 
 from lmms_smoothguard.attacking.store import Store
 from lmms_smoothguard.errors import AttackError
-from lmms_smoothguard.evaluation.metrics import Rate, rate
 from lmms_smoothguard.evaluation.questions import Questions
+from lmms_smoothguard.evaluation.rates import Rate, rate
 from lmms_smoothguard.evaluation.tables import ATTACKS
 
 _ROWS_AT_ONCE = 64

@@ -15,7 +15,7 @@ from typing import Any
 
 from lmms_smoothguard.aggregation.verdict import normalize_answer
 from lmms_smoothguard.errors import AttackError, ConfigError, SmoothGuardError, explain
-from lmms_smoothguard.evaluation.metrics import Rate, rate
+from lmms_smoothguard.evaluation.rates import Rate, rate
 from lmms_smoothguard.harness.lmms_eval import sharding
 
 RESULTS = "smoothguard_attacks"
