@@ -7,9 +7,9 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from lmms_smoothguard.evaluation.figures import Figure, finite
+from lmms_smoothguard.evaluation.figures import Figure
 from lmms_smoothguard.evaluation.rates import rate, wilson
-from lmms_smoothguard.evaluation.resampling import RESAMPLES, bootstrap_interval, group_sums
+from lmms_smoothguard.evaluation.resampling import RESAMPLES, bootstrap_interval, group_sums, mean_size
 
 
 def yes_or_no(answer: str) -> bool | None:
@@ -31,7 +31,7 @@ def pope_figures(
     "yes" is the positive class. Precision TP / (TP + FP); recall TP over ALL questions whose answer is yes; F1 their harmonic
     mean 2 TP / (2 TP + FP + FN). An answer that is neither is wrong, not a yes, and so a miss where yes was right:
     lmms-eval's own scorer leaves it out of recall, and takes its yes ratio from the right answers. Intervals: Wilson's for
-    the four proportions; for F1 a BCa bootstrap over `groups` (scenes; without them, questions). None where there is nothing
+    the four proportions; for F1 a bootstrap over `groups` (scenes; without them, questions). None where there is nothing
     to divide by. Raises ValueError for a target that is neither yes nor no.
     """
     said, right = [yes_or_no(answer) for answer in answers], [yes_or_no(target) for target in targets]
@@ -48,13 +48,14 @@ def pope_figures(
 
 
 def _f1(pairs: Sequence[tuple[bool | None, bool | None]], groups: Sequence[Hashable], seed: int, times: int) -> Figure:
-    """F1 = 2 J / (1 + J) with J = TP / (TP + FP + FN): where no group has an error, or none a hit, J's Wilson interval over
-    the groups that count."""
+    """F1 = 2 J / (1 + J) with J = TP / (TP + FP + FN). The resampled groups have two more among them, one with errors alone and
+    one with hits alone, as many as groups that have any have on average; where there are no errors, or no hits, at all,
+    J's Wilson interval over the groups that count."""
     hits = [float(word is True and truth is True) for word, truth in pairs]
     errors = [float((word is True) is not truth) for word, truth in pairs]
     sums = group_sums([hits, errors], groups)
     sums = sums[:, sums.sum(0) > 0]  # a right no is in none of F1's terms
-    counted, method = int(sums.sum()), f"F1, BCa bootstrap over groups, {times} resamples, seed {seed}"
+    counted, method = int(sums.sum()), f"F1, bootstrap over groups, {times} resamples, seed {seed}"
     if not counted:
         return Figure(value=None, low=None, high=None, count=0, groups=0, method=method)
     total = sums.sum(1)
@@ -63,8 +64,9 @@ def _f1(pairs: Sequence[tuple[bool | None, bool | None]], groups: Sequence[Hasha
         method = "F1, all right or all wrong: Wilson of TP / (TP + FP + FN) over groups"
         low, high = (2 * end / (1 + end) for end in wilson(float(value > 0), sums.shape[1]))
     else:
-        low, high = bootstrap_interval(sums, _f1_of, seed, times)
-    return Figure(value=value, low=finite(low), high=finite(high), count=counted, groups=sums.shape[1], method=method)
+        more = np.diag([mean_size(sums[0]), mean_size(sums[1])])
+        low, high = bootstrap_interval(np.append(sums, more, axis=1), _f1_of, seed, times)
+    return Figure(value=value, low=low, high=high, count=counted, groups=sums.shape[1], method=method)
 
 
 def _f1_of(totals: np.ndarray) -> np.ndarray:
