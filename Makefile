@@ -3,7 +3,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-EXTRAS := lmms-eval,embedders,report,training,dev
+EXTRAS := lmms-eval,embedders,report,training,attack,dev
 
 .PHONY: demo test test-slow lint results bench testsets clean
 

@@ -76,7 +76,13 @@ class Subject:
             raise ConfigError(
                 f"question {question.id!r} has {placeholder} in its text; expected the text alone, pictures are put before it"
             )
-        made = self._prompted(question, placeholder)
+        try:
+            made = self._prompted(question, placeholder)
+        except ValueError as error:
+            raise ConfigError(
+                f"the processor of {self.name} cannot take question {question.id!r}: {error}; expected one for pictures and text, "
+                "with a chat template that has pictures in it"
+            ) from error
         if not any(key.startswith("pixel_values") for key in made):
             raise ConfigError(
                 f"the processor of {self.name} made no pixels of question {question.id!r}; expected a chat template that takes "

@@ -31,13 +31,15 @@ EMPTY_ANSWER = "the clean answer is empty: there is nothing to lead away from"
 
 
 class Prepared(NamedTuple):
-    """A sample before crafting; job: None where it cannot be attacked."""
+    """A sample before crafting; question: without its pictures, which are read again; job: likewise, with its inputs in main
+    memory, for many wait their turn; None where the sample cannot be attacked; sizes: of its pictures."""
 
     number: int
     question: Question
     target: str | None
     clean: str
     job: Job | None
+    sizes: tuple[tuple[int, int], ...]
 
 
 class Share:
@@ -87,20 +89,27 @@ class Share:
         right = question.label is None or self._rules.is_right(text, question.label)
         answer = goal(self._subject.tokenizer, inputs, ids, target=target, label=question.label, clean_is_right=right)
         settings = dataclasses.replace(self._asked.attack, target=target)
-        job = None if answer is None else Job(settings, question.images, inputs, answer)
-        return Prepared(number, question, target, text, job)
+        waiting = {key: value.cpu() for key, value in inputs.items()}
+        job = None if answer is None else Job(settings, (), waiting, answer)
+        sizes = tuple(image.size for image in question.images)
+        return Prepared(number, dataclasses.replace(question, images=()), target, text, job, sizes)
 
     # -- crafting ------------------------------------------------------------------------------------------------------
 
     def _crafted(self, alike: list[Prepared]) -> Iterator[dict[str, Any]]:
         while alike:
             batch = alike[: self._size]
-            entries = self._craft([one.job for one in batch if one.job is not None])
+            entries = self._craft([self._whole(one) for one in batch])
             if entries is None:
                 continue
             for one, entry in zip(batch, entries, strict=True):
                 yield self._record(one, entry)
             alike = alike[len(batch) :]
+
+    def _whole(self, one: Prepared) -> Job:
+        assert one.job is not None
+        inputs = {key: value.to(self._subject.device) for key, value in one.job.inputs.items()}
+        return dataclasses.replace(one.job, images=self._questions[one.number].images, inputs=inputs)
 
     def _craft(self, jobs: list[Job]) -> list[Entry] | None:
         """The entries of one batch; None when memory was short and the next batch is to be smaller."""
@@ -137,7 +146,7 @@ class Share:
 
     def _left_out(self, one: Prepared) -> dict[str, Any]:
         """The sample with its own pictures, so that the data set is whole; it is in no rate."""
-        clean = [np.asarray(image.convert("RGB")) for image in one.question.images]
+        clean = [np.asarray(image) for image in self._questions[one.number].images]
         made = {
             "attacked": False,
             "reason": EMPTY_ANSWER,
@@ -184,4 +193,4 @@ def _likeness(one: Prepared) -> str:
     """Equal for what can share a batch, see `Crafter`."""
     assert one.job is not None
     shapes = sorted((k, tuple(v.shape)) for k, v in one.job.inputs.items() if isinstance(v, torch.Tensor))
-    return repr((one.target, [image.size for image in one.job.images], len(one.job.answer), shapes))
+    return repr((one.target, one.sizes, len(one.job.answer), shapes))

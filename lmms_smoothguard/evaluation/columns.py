@@ -61,7 +61,7 @@ class Columns:
             found["question"] = question if question in names else None
             text = None if question in names else question
             # A folder has no column but the picture; elsewhere one word is a column's name gone wrong, not a question.
-            if text is not None and len(text.split()) == 1 and len(names) > 1:
+            if text is not None and len(text.split()) == 1 and set(names) != {"id", "image"}:
                 raise ConfigError(
                     f"question is {question!r}, and {source} has no such column; {did_you_mean(question, names)}. Expected "
                     "one of them, or a text to ask"

@@ -31,9 +31,16 @@ def open_table(source: str, split: str | None) -> Table:
     if path.is_file():
         return _file(path, split)
     if path.is_dir():
-        on_disk = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
-        return _saved(path, split) if on_disk else _folder(path, split)
-    return _hub(source, split)
+        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            return _saved(path, split)
+        pictures = _pictures_in(path)
+        described = any(next(path.rglob(f"metadata{ending}"), None) for ending in FORMATS)
+        if not pictures and not any(next(path.rglob(f"*{ending}"), None) for ending in FORMATS):
+            raise ConfigError(
+                f"{path} has neither pictures ({', '.join(PICTURES)}) nor tables ({', '.join(FORMATS)}) in it; expected some"
+            )
+        return _folder(path, pictures, split) if pictures and not described else _loaded(source, path, split)
+    return _loaded(source, None, split)
 
 
 def _library() -> Any:
@@ -46,20 +53,18 @@ def _library() -> Any:
     return datasets
 
 
-def _folder(path: Path, split: str | None) -> Table:
-    if split is not None:
-        raise ConfigError(f"split is {split!r}, and {path} is a folder of pictures; expected no split")
+def _pictures_in(path: Path) -> list[str]:
     inside = (file.relative_to(path) for file in path.rglob("*"))
-    names = sorted(
+    return sorted(
         name.as_posix()
         for name in inside
         if name.suffix.lower() in PICTURES and not any(part.startswith(".") for part in name.parts)
     )
-    if not names:
-        raise ConfigError(
-            f"{path} has no pictures in it ({', '.join(PICTURES)}); expected a folder of them, or a parquet, json, jsonl or "
-            "csv file"
-        )
+
+
+def _folder(path: Path, names: list[str], split: str | None) -> Table:
+    if split is not None:
+        raise ConfigError(f"split is {split!r}, and {path} is a folder of pictures; expected no split")
     rows = _library().Dataset.from_dict({"id": names, "image": names})
     return Table(rows, str(path), None, path)
 
@@ -71,7 +76,7 @@ def _file(path: Path, split: str | None) -> Table:
     try:
         rows = datasets.load_dataset(FORMATS[path.suffix.lower()], data_files={"file": _literal(path)}, split="file")
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read: {_cause(error)}; expected a whole table") from error
+        raise ConfigError(f"{path} cannot be read: {_cause(error)}; expected a whole table with rows in it") from error
     if split is not None:
         raise ConfigError(f"split is {split!r}, and {path} is one file; expected no split")
     return Table(_undecoded(rows), str(path), None, path.parent)
@@ -86,11 +91,15 @@ def _literal(path: Path) -> str:
 
 def _saved(path: Path, split: str | None) -> Table:
     datasets = _library()
-    loaded = datasets.load_from_disk(str(path))
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (datasets.exceptions.DatasetsError, ValueError, OSError, IndexError) as error:  # IndexError: not a row in it
+        raise ConfigError(f"{path} cannot be read: {_cause(error)}; expected a data set with rows in it") from error
     return _split_of(loaded, str(path), split, path)
 
 
-def _hub(source: str, split: str | None) -> Table:
+def _loaded(source: str, path: Path | None, split: str | None) -> Table:
+    """What `datasets.load_dataset` makes of a hub's id, or of a directory that is laid out like one."""
     datasets = _library()
     config, _, part = (split or "").rpartition(":")
     try:
@@ -104,14 +113,18 @@ def _hub(source: str, split: str | None) -> Table:
     except ConfigError:
         raise
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        if path is not None:
+            raise ConfigError(
+                f"{path} cannot be read: {_cause(error)}. Expected a folder of pictures, or a data set (--split config:split)"
+            ) from error
         raise ConfigError(
             f"data is {source!r}, which is no file or directory here, and no data set that the hub gives: {_cause(error)}. "
             "Expected a folder of pictures, a parquet, json, jsonl or csv file, a data set's id (and --split config:split), or "
             "an lmms-eval task"
         ) from error
     if only:
-        return Table(_undecoded(loaded), source, split)
-    table = _split_of(loaded, source, part or None, None)
+        return Table(_undecoded(loaded), source, split, path)
+    table = _split_of(loaded, source, part or None, path)
     return table._replace(split=f"{config}:{table.split}" if config else table.split)
 
 
@@ -141,4 +154,4 @@ def _undecoded(rows: Any) -> Any:
 
 def _cause(error: BaseException) -> str:
     inner = error.__cause__ or error
-    return f"{type(inner).__name__}: {inner}".splitlines()[0][:300]
+    return " ".join(f"{type(inner).__name__}: {inner}".split())[:300].rstrip(".")

@@ -83,9 +83,9 @@ def _poisoned(sample: SampleRecord) -> int:
     return sum(not is_right(text, sample.target or "") for text in _noisy(sample))
 
 
-def _all_seeds(by_seed: BySeed, name: Any) -> dict[str, float]:
+def _all_seeds(by_seed: BySeed, name: Any) -> dict[str, bool]:
     return {
-        f"{seed}|{key}": float(value)
+        f"{seed}|{key}": value
         for seed, listed in by_seed.items()
         for key, value in outcomes(list(listed), name).items()
     }
