@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lmms_smoothguard.evaluation.metrics import Rate
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -28,7 +29,6 @@ from lmms_smoothguard.attacking.store import Store
 from lmms_smoothguard.attacks.craft import Crafter
 from lmms_smoothguard.cli import app
 from lmms_smoothguard.errors import AttackError, ConfigError
-from lmms_smoothguard.evaluation.metrics import Rate
 from lmms_smoothguard.evaluation.questions import load_questions
 from lmms_smoothguard.subject import Subject
 from lmms_smoothguard.tiny import language

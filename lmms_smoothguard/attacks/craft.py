@@ -25,7 +25,7 @@ from PIL import Image
 from lmms_smoothguard import plugins
 from lmms_smoothguard.attacks.base import Attack
 from lmms_smoothguard.attacks.cache import FORMAT, AttackCache, Entry, content_key
-from lmms_smoothguard.attacks.objective import PIXELS, Perturb, Threat, answer_ids
+from lmms_smoothguard.attacks.objective import PIXELS, Perturb, Threat
 from lmms_smoothguard.attacks.pictures import Pictures, distances
 from lmms_smoothguard.attacks.precision import exact_logits
 from lmms_smoothguard.attacks.rendering import EXACT_ENOUGH, Renderer
@@ -225,17 +225,6 @@ class Crafter:
 
 def _randomness_of(defense: Choice) -> Randomness | None:
     return getattr(plugins.load("defenses", defense.name), "randomness", None)
-
-
-def reference_answer(
-    tokenizer: Any, inputs: Mapping[str, Any], clean_ids: Sequence[int], text: str | None
-) -> list[int]:
-    """The token ids an untargeted attack leads away from: the model's own clean answer, or `text` in its tokens."""
-    if text is None:
-        if not clean_ids:
-            raise AttackError("the clean answer is empty; expected words to lead the model away from, or a target")
-        return list(clean_ids)
-    return answer_ids(tokenizer, inputs["input_ids"][0].tolist(), text)
 
 
 def model_fingerprint(model: Any) -> str:

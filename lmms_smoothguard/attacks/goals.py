@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lmms_smoothguard.attacks.craft import reference_answer
 from lmms_smoothguard.attacks.objective import answer_ids
 
 
@@ -24,8 +23,9 @@ def goal(
     inputs: what `generate` was given, batch size 1; clean_ids: its answer. None where the clean answer is empty: there is
     nothing to lead away from. Raises AttackError for a text without tokens.
     """
-    if target is not None:
-        return tuple(answer_ids(tokenizer, inputs["input_ids"][0].tolist(), target))
-    if not clean_ids:
+    if target is None and not clean_ids:
         return None
-    return tuple(reference_answer(tokenizer, inputs, clean_ids, None if clean_is_right else label))
+    text = target if target is not None else None if clean_is_right else label
+    if text is None:
+        return tuple(clean_ids)
+    return tuple(answer_ids(tokenizer, inputs["input_ids"][0].tolist(), text))

@@ -29,7 +29,7 @@ class Agreement:
     def to_dict(self) -> dict[str, object]:
         return {
             "judges": [self.first, self.second],
-            **self.equal.to_dict(),
+            **self.equal.figure().to_dict(),
             "kappa": self.kappa,
             "samples": self.samples,
         }

@@ -120,7 +120,7 @@ def write_card(target: Path, recipe: GuardRecipe, parameters: int, figures: dict
         "command": command,
         "recipe": dataclasses.asdict(recipe),
         "parameters": parameters,
-        "figures": {name: value.to_dict() for name, value in figures.items()},
+        "figures": {name: value.figure().to_dict() for name, value in figures.items()},
     }
     (target / "figures.json").write_text(json.dumps(record, indent=1) + "\n")
     table = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
