@@ -394,7 +394,7 @@ def test_directories_that_cannot_be_written_to_are_refused_first(tmp_path, tiny,
 def test_empty_data_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     done = CliRunner().invoke(app, ["sweep", "tiny-llava", str(tmp_path / "empty"), "--out", str(tmp_path / "out")])
-    assert "has no pictures" in str(done.exception)
+    assert isinstance(done.exception, ConfigError) and "in it; expected" in str(done.exception)
 
 
 def test_presets():

@@ -62,9 +62,9 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def _strict(value: Rate) -> dict[str, float | None]:
-    """Without a count a rate is not a number, which JSON has no word for."""
-    return {name: None if number != number else number for name, number in value.to_dict().items()}
+def _strict(value: Rate) -> dict[str, Any]:
+    """As result files have a figure: without a count a rate is null."""
+    return value.figure().to_dict()
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
