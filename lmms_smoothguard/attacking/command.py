@@ -77,7 +77,10 @@ def attack(
     ] = "exact",
     judge: Annotated[
         str | None,
-        typer.Option(rich_help_panel=_DATA, help="A registered judge decides on success instead of the label."),
+        typer.Option(
+            rich_help_panel=_DATA,
+            help="A judge decides on success instead of the label: refusal, guard/<model>, llm/<model>.",
+        ),
     ] = None,
     batch_size: Annotated[
         int, typer.Option(rich_help_panel=_MACHINE, help="Rows of the model at once, EOT's draws counted.")

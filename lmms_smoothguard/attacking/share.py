@@ -179,7 +179,8 @@ class Share:
         if self._asked.defense is not None:
             reply = self._subject.answer(inputs, self._length, self._asked.defense)
             record["defended_answer"] = reply.text
-            record["defended_success"] = self._outcome(one, reply.text).success
+            outcome = self._outcome(one, reply.text)
+            record |= {"defended_success": outcome.success, "defended_verdict": outcome.verdict}
             for field in ("agreement", "suspicion", "suspected", "num_samples_used"):
                 record[f"defended_{field}"] = getattr(reply.verdict, field, None)
         return record

@@ -45,7 +45,7 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Rates by rule, for samples under different rules make no common one.
 
     asr: of the samples that count, the share of successes against the undefended model; defended_asr: of the same samples,
-    against the defence; clean_right: of all labelled samples.
+    against the defence; clean_right: of all labelled samples; undecided: no success, for the judge had no opinion.
     """
     left_out = [record["id"] for record in records if not record["attacked"]]
     summary: dict[str, Any] = {"samples": len(records), "not_attackable": left_out, "rates": {}}
@@ -53,18 +53,14 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         counted = [record for record in records if record["rule"] == rule and record["counted"]]
         rates = {"asr": rate(record["success"] for record in counted)}
         if "defended_answer" in records[0]:
-            judged = [r["defended_success"] for r in counted if r["defended_success"] is not None]
-            rates["defended_asr"] = rate(judged)
+            rates["defended_asr"] = rate(record["defended_success"] for record in counted)
         if rule == "label":
             attacked = [record for record in records if record["rule"] == rule and record["attacked"]]
             rates["clean_right"] = Rate(len(counted), len(attacked))
-        summary["rates"][rule] = {name: _strict(value) for name, value in rates.items()}
+        if rule == "judge":
+            rates["undecided"] = rate(record["verdict"] not in ("safe", "unsafe") for record in counted)
+        summary["rates"][rule] = {name: value.figure().to_dict() for name, value in rates.items()}
     return summary
-
-
-def _strict(value: Rate) -> dict[str, Any]:
-    """As result files have a figure: without a count a rate is null."""
-    return value.figure().to_dict()
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
@@ -108,10 +104,10 @@ def _columns(store: Store, records: Sequence[Mapping[str, Any]], settings: Mappi
     columns |= plain(text, "question", "label", "target", "group")
     columns |= plain(text, "clean_answer", "adversarial_answer")
     if "defended_answer" in records[0]:
-        columns |= plain(text, "defended_answer")
+        columns |= plain(text, "defended_answer", "defended_verdict")
         columns |= plain(flag, "defended_success", "defended_suspected")
         columns |= plain(number, "defended_agreement", "defended_suspicion") | plain(whole, "defended_num_samples_used")
-    columns |= plain(text, "rule", "reason") | plain(flag, "attacked", "counted", "success")
+    columns |= plain(text, "rule", "verdict", "reason") | plain(flag, "attacked", "counted", "success")
     columns |= plain(number, "linf", "l2", "rendering_gap") | plain(List(number), "objective")
     columns |= plain(text, "attack_key", "digest")
     for part in ("file", "sha256"):
@@ -167,6 +163,7 @@ def describe(summary: Mapping[str, Any]) -> Iterator[str]:
                 "asr": f"ASR ({RULES[rule]})",
                 "defended_asr": "ASR with the defence",
                 "clean_right": "right when clean",
+                "undecided": "no verdict on the answer",
             }
             yield f"- {explained[name]}: {shown}"
     if summary["not_attackable"]:
