@@ -159,7 +159,8 @@ def _ways(points: Sequence[PointRecord]) -> str:
     for point in points:
         defense = point.defense or {}
         aggregator = str(defense["aggregator"]) + ("" if point.majority_first else ", always asked")
-        names.setdefault(aggregator, []).append(str(defense["embedder"]))
+        embedder = str(defense["embedder"])
+        names.setdefault(aggregator, []).append("MiniLM" if "minilm" in embedder.lower() else embedder)
     listed = "; ".join(name if name == "vote" else f"{name} ({', '.join(over)})" for name, over in names.items())
     clean = "" if first["include_clean"] else ", without the clean copy"
     return f"N = {first['num_samples']}{clean}: {listed}"
