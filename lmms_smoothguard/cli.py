@@ -12,6 +12,7 @@ import typer
 
 from lmms_smoothguard.attacking.command import attack
 from lmms_smoothguard.errors import SmoothGuardError, did_you_mean, explain
+from lmms_smoothguard.sweeps.command import sweep
 
 app = typer.Typer(
     help="SmoothGuard and its kin for multimodal LLMs.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -106,6 +107,9 @@ def results(
     from lmms_smoothguard.report.demo import run_results
 
     run_results(out, to, only or ())
+
+
+app.command()(sweep)
 
 
 def main() -> None:

@@ -21,6 +21,8 @@ from lmms_smoothguard.evaluation.questions import Question
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EMBEDDED = "tiny-llava"
+GREEDY: Mapping[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+"""What `generate` is told: the likeliest token every time."""
 
 
 class Reply(NamedTuple):
@@ -107,10 +109,9 @@ class Subject:
 
     def answer(self, inputs: Mapping[str, Any], max_new_tokens: int = 32, defense: Choice | None = None) -> Reply:
         """The greedy answer, defended or not. Raises UndefendableError where the defence asked for cannot act."""
-        settings = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
         with torch.inference_mode(), hf_integration.observe() as seen:
             output = self.model.generate(
-                **inputs, **settings, max_new_tokens=max_new_tokens, smoothguard=False if defense is None else defense
+                **inputs, **GREEDY, max_new_tokens=max_new_tokens, smoothguard=False if defense is None else defense
             )
         ids = self._without_prompt_and_end(output[0].tolist(), inputs)
         verdicts = [verdict for call in seen.verdicts for verdict in call]
