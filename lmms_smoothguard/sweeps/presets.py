@@ -56,14 +56,14 @@ def _part(
 _EPS = ("2/255", "4/255", "8/255", "16/255")
 README = (
     _part("sweep_sigma", "shapes_pope", 300, "noise and copies", _STANDARD, num_samples=(1, 2, 3, 5, 10)),
-    _part("sweep_sigma_eot", "shapes_pope", 72, "noise and copies, adaptive attack", _ADAPTIVE,
+    _part("sweep_sigma_eot", "shapes_pope", 100, "noise and copies, adaptive attack", _ADAPTIVE,
           sigmas=(0.0, 0.1, 0.2, 0.3), num_samples=(1, 2, 3, 5, 10)),
-    _part("sweep_eps", "shapes_pope", 60, "budgets", ("pgd",), _EPS, **_MIDDLE),
-    _part("sweep_eps_eot", "shapes_pope", 30, "budgets, adaptive attack", _ADAPTIVE, _EPS, **_MIDDLE),
+    _part("sweep_eps", "shapes_pope", 150, "budgets", ("pgd",), _EPS, **_MIDDLE),
+    _part("sweep_eps_eot", "shapes_pope", 60, "budgets, adaptive attack", _ADAPTIVE, _EPS, **_MIDDLE),
     _part("sweep_votes", "shapes_pope", 300, "votes on yes / no questions", _STANDARD, **_EVERY_VOTE),
-    _part("sweep_votes_eot", "shapes_pope", 72, "votes on yes / no questions, adaptive attack", _ADAPTIVE, **_EVERY_VOTE),
+    _part("sweep_votes_eot", "shapes_pope", 150, "votes on yes / no questions, adaptive attack", _ADAPTIVE, **_EVERY_VOTE),
     _part("sweep_captions", "shapes_caption", 100, "votes on sentences", _STANDARD, **_EVERY_VOTE),
-    _part("sweep_captions_eot", "shapes_caption", 36, "votes on sentences, adaptive attack", _ADAPTIVE, **_EVERY_VOTE),
+    _part("sweep_captions_eot", "shapes_caption", 100, "votes on sentences, adaptive attack", _ADAPTIVE, **_EVERY_VOTE),
 )  # fmt: skip
 PRESETS = {"readme": README}
 
