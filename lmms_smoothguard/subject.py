@@ -18,6 +18,7 @@ import hf_integration
 from lmms_smoothguard.choice import Choice
 from lmms_smoothguard.errors import ConfigError, did_you_mean
 from lmms_smoothguard.evaluation.questions import Question
+from lmms_smoothguard.reproducible import reproducible_sums
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EMBEDDED = "tiny-llava"
@@ -47,6 +48,7 @@ class Subject:
     ) -> None:
         if dtype not in DTYPES:
             raise ConfigError(f"dtype is {dtype!r}; {did_you_mean(str(dtype), DTYPES)}")
+        reproducible_sums()
         self.name = str(pretrained)
         self.device = _device(device)
         self.model, self.processor = _load(_place(self.name), self.device, dtype, trust_remote_code)

@@ -28,6 +28,7 @@ from lmms_smoothguard.harness.lmms_eval import sharding
 from lmms_smoothguard.harness.lmms_eval.discovery import tasks_path
 from lmms_smoothguard.inputs.media import find_images
 from lmms_smoothguard.noise import NoiseSource
+from lmms_smoothguard.reproducible import reproducible_sums
 from lmms_smoothguard.tiny.model import MODEL_DIR
 
 TWO = ("torch.distributed.run", "--nproc_per_node", "2")
@@ -355,8 +356,8 @@ def test_deterministic_kernels_are_asked_for_and_given_back(trained, strangers, 
 
 def test_sums_are_reproducible_unless_the_user_wants_other_ones(monkeypatch):
     monkeypatch.delenv("MKL_CBWR")
-    sharding.reproducible_sums()
+    reproducible_sums()
     assert os.environ["MKL_CBWR"] == "AUTO,STRICT"
     monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
-    sharding.reproducible_sums()
+    reproducible_sums()
     assert os.environ["MKL_CBWR"] == "COMPATIBLE"

@@ -17,7 +17,6 @@ from lmms_smoothguard.attacks.settings import AttackSettings
 from lmms_smoothguard.choice import Choice
 from lmms_smoothguard.errors import ConfigError
 from lmms_smoothguard.evaluation.questions import Questions
-from lmms_smoothguard.harness.lmms_eval.sharding import reproducible_sums
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +79,6 @@ def run_attack(asked: AttackRun) -> dict[str, Any] | None:
 
     Raises SmoothGuardError for whatever cannot be meant, loaded or written.
     """
-    reproducible_sums()
     rules = Rules(asked.match, asked.judge)
     store = Store(asked.out)
     processes = Processes()

@@ -24,15 +24,6 @@ def sharded() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def reproducible_sums() -> None:
-    """Matrix products on a CPU that do not depend on the number of threads, unless the user has set it otherwise.
-
-    torchrun gives every process one thread. MKL splits its sums by threads, and one last bit flips the sign of a gradient,
-    hence a pixel. It reads this variable at its first product.
-    """
-    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-
-
 @contextlib.contextmanager
 def all_or_none() -> Iterator[None]:
     """In a sharded run an exception ends the process with status 1, which makes the launcher end the others."""

@@ -26,6 +26,7 @@ from lmms_smoothguard.harness.lmms_eval import judging, reporting, sharding
 from lmms_smoothguard.harness.lmms_eval.attacking import INFO, attacked_requests
 from lmms_smoothguard.harness.lmms_eval.instances import has_media
 from lmms_smoothguard.harness.lmms_eval.options import Options, explain_leftover, take_options
+from lmms_smoothguard.reproducible import reproducible_sums
 
 
 class SampleCounts(TokenCounts):
@@ -47,7 +48,7 @@ class SmoothGuardMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._sg_outcomes = {}
-        sharding.reproducible_sums()
+        reproducible_sums()
         reporting.install()
         sharding.guard_evaluator()
         with sharding.all_or_none():
