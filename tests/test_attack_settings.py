@@ -238,3 +238,33 @@ def test_bf16_gradients_point_where_those_of_fp32_do(trained, images, batch):
     assert (
         half.lm_head(torch.ones(1, half.lm_head.in_features, dtype=torch.bfloat16)).dtype == torch.bfloat16
     )  # put back
+
+
+# -- what an adaptive attacker knows -----------------------------------------------------------------------------------
+
+
+def test_no_defence_shows_an_attacker_its_seed(trained, tmp_path, images, batch, monkeypatch):
+    from lmms_smoothguard import plugins
+    from lmms_smoothguard.attacks.cache import AttackCache
+    from lmms_smoothguard.attacks.craft import Crafter, Job
+    from lmms_smoothguard.choice import choose
+    from lmms_smoothguard.noise import Randomness, draw_noise
+
+    model, processor = trained
+    job = Job(AttackSettings(steps=1, eot=1), (images[0],), dict(batch(0)), (5,))
+    seen, load = [], plugins.load
+
+    def defended_by(randomness):
+        spied = load("defenses", "smoothguard")._replace(randomness=randomness)
+        monkeypatch.setattr(plugins, "load", lambda kind, *rest: spied if kind == "defenses" else load(kind, *rest))
+        defense = choose({"sigma": 0.2, "seed": 77})
+        return Crafter(model, processor, AttackCache(tmp_path), defense, quiet=True)
+
+    def peeking(draw, config):
+        seen.append(config)
+        return draw_noise(draw, config)
+
+    defended_by(Randomness(("sigma", "noise_space"), peeking)).craft([job])
+    assert [(config.seed, config.sigma) for config in seen] == [(None, 0.2)]
+    with pytest.raises(AttackError, match="hangs on its seed"):
+        defended_by(Randomness(("sigma", "seed"), peeking)).craft([job])

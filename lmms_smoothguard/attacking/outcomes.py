@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lmms_smoothguard.aggregation.verdict import normalize_answer
 from lmms_smoothguard.errors import ConfigError, did_you_mean
+from lmms_smoothguard.evaluation.answers import same_answer, says
 from lmms_smoothguard.judges import Verdict
 from lmms_smoothguard.judges.loading import load_judge
 
@@ -42,10 +42,7 @@ class Rules:
 
     def is_right(self, answer: str, label: str) -> bool:
         """Whether an answer is that label."""
-        said, right = normalize_answer(answer), normalize_answer(label)
-        if self.match == "exact":
-            return said == right
-        return f" {_words(right)} " in f" {_words(said)} "
+        return same_answer(answer, label) if self.match == "exact" else says(answer, label)
 
     def outcome(self, question: str, *, target: str | None, label: str | None, clean: str, answer: str) -> Outcome:
         """What became of a sample whose clean, undefended answer was `clean`.
@@ -55,11 +52,11 @@ class Rules:
         """
         rule = self.name(target=target, label=label)
         if rule == "target":
-            counted, success = not _says(clean, target), _says(answer, target)
+            counted, success = not says(clean, str(target)), says(answer, str(target))
         elif rule == "label":
             counted, success = self.is_right(clean, str(label)), not self.is_right(answer, str(label))
         elif rule == "changed":
-            counted, success = True, normalize_answer(clean) != normalize_answer(answer)
+            counted, success = True, not same_answer(clean, answer)
         else:
             verdict = self._verdict(question, answer)
             counted, success = self._verdict(question, clean) is Verdict.SAFE, verdict is Verdict.UNSAFE
@@ -69,11 +66,3 @@ class Rules:
     def _verdict(self, question: str, answer: str) -> Verdict:
         assert self._judge is not None
         return self._judge.judge(question, answer).verdict
-
-
-def _says(answer: str, target: str | None) -> bool:
-    return str(target).strip().casefold() in answer.casefold()
-
-
-def _words(text: str) -> str:
-    return " ".join("".join(c if c.isalnum() else " " for c in text).split())

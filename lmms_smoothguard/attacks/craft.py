@@ -8,6 +8,7 @@ on CPUs none was found (`docs/decisions.md`).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -118,6 +119,11 @@ class Crafter:
                 f"attack_eot is {eot}, an average over the defence's randomness, and defense={name} shows none; expected a "
                 "defence with `randomness`, such as defense=smoothguard"
             )
+        if "seed" in randomness.fields:
+            raise AttackError(
+                f"the randomness of defence {self._defense.name!r} hangs on its seed; expected a distribution, for no attacker "
+                "knows the seed that an answer is given with"
+            )
         fields = {field: getattr(self._defense.config, field) for field in randomness.fields}
         return {"defense": self._defense.name, **fields, "code": plugins.provenance("defenses", self._defense.name)}
 
@@ -207,6 +213,7 @@ class Crafter:
         assert self._defense is not None
         defense, randomness, draws = self._defense, _randomness_of(self._defense), itertools.count()
         assert randomness is not None
+        config = _without_seed(defense.config)
 
         def perturb(rendered: Mapping[str, torch.Tensor], rows: int) -> torch.Tensor:
             images = find_images(rendered, self._model.config)
@@ -215,12 +222,19 @@ class Crafter:
             draw, slots = next(draws), range(len(images.slices) // rows)
             places = itertools.product(list(keys) * (rows // len(keys)), slots)
             generators = [_attackers_generator(settings.seed, key, slot, draw) for key, slot in places]
-            return randomness.draw(Draw(images, generators, self._statistics), defense.config)
+            return randomness.draw(Draw(images, generators, self._statistics), config)
 
         return perturb
 
     def _statistics(self) -> PixelStatistics:
         return pixel_statistics(self._model, getattr(self._processor, "image_processor", self._processor))
+
+
+def _without_seed(config: Any) -> Any:
+    """A defence's settings as an attacker knows them."""
+    if not any(field.name == "seed" for field in dataclasses.fields(config)):
+        return config
+    return dataclasses.replace(config, seed=None)
 
 
 def _randomness_of(defense: Choice) -> Randomness | None:

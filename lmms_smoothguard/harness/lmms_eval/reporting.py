@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lmms_smoothguard.aggregation.verdict import normalize_answer
 from lmms_smoothguard.errors import AttackError, ConfigError, SmoothGuardError, explain
+from lmms_smoothguard.evaluation.answers import same_answer, says
 from lmms_smoothguard.evaluation.rates import Rate, rate
 from lmms_smoothguard.harness.lmms_eval import sharding
 
@@ -98,15 +98,11 @@ def summarise(outcomes: Sequence[Outcome]) -> Summary:
     return Summary(
         tuple(sorted({_title(outcome.attack) for outcome in attacked if outcome.attack is not None})),
         len(attacked),
-        rate(normalize_answer(o.answer) != normalize_answer(o.clean_answer) for o in attacked),
-        rate(_says(o.answer, o.target) for o in aimed) if aimed else None,
-        rate(_says(o.clean_answer, o.target) for o in aimed) if aimed else None,
+        rate(not same_answer(o.answer, o.clean_answer) for o in attacked),
+        rate(says(o.answer, o.target or "") for o in aimed) if aimed else None,
+        rate(says(o.clean_answer, o.target or "") for o in aimed) if aimed else None,
         dict(sorted(Counter(o.left_out for o in outcomes if o.left_out is not None).items())),
     )
-
-
-def _says(answer: str, target: str | None) -> bool:
-    return target is not None and target.casefold() in answer.casefold()
 
 
 def _title(attack: Mapping[str, Any]) -> str:

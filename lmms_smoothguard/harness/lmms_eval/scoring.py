@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lmms_smoothguard.aggregation.verdict import normalize_answer
+from lmms_smoothguard.evaluation.answers import same_answer
 from lmms_smoothguard.evaluation.rates import Rate, attack_success_rate, rate, recovery
 from lmms_smoothguard.harness.lmms_eval import ledger
 
@@ -21,11 +22,6 @@ CHANGE_METRICS = (
     "answer_changed_count",
     "recovery",
 )
-
-
-def same_answer(answer: str, right: str) -> bool:
-    """Equal but for case, white space and a closing full stop."""
-    return normalize_answer(answer) == normalize_answer(right)
 
 
 def clean_answer(doc: Any) -> str:
