@@ -14,7 +14,8 @@ from typing import Any
 
 from lmms_smoothguard.evaluation.records import Record, read_record
 from lmms_smoothguard.report.demo import DEMO, REST
-from lmms_smoothguard.report.experiments import ATTACKED
+from lmms_smoothguard.report.documents import base_task
+from lmms_smoothguard.report.experiments import CLEAN
 from lmms_smoothguard.report.tables import markdown_table
 from timing.table import markdown as costs
 from timing.table import parts_markdown
@@ -54,7 +55,8 @@ def filled(text: str) -> str:
 
 def _clusters(results: list[Record]) -> str:
     """How far off the intervals are because questions about one scene depend on each other."""
-    rates = [result.tasks[ATTACKED].figures["asr"] for result in results if ATTACKED in result.tasks]
+    tasks = [task for result in results for name, task in result.tasks.items() if base_task(name) == CLEAN]
+    rates = [task.figures["asr"] for task in tasks if "asr" in task.figures]
     effects = [rate.design_effect for rate in rates if rate.design_effect is not None]
     return (
         "Wilson's interval takes questions as independent, but three share a scene here (captions have one each). Counted by\n"

@@ -12,12 +12,12 @@ from lmms_smoothguard.evaluation.detection import detection_auroc
 from lmms_smoothguard.evaluation.means import mean
 from lmms_smoothguard.evaluation.rates import (
     attack_success_rate,
+    bounded_rate,
     over_refusal,
     rate,
     recovery,
     robust_accuracy,
     target_rate,
-    unsafe_rate,
     wilson,
 )
 from lmms_smoothguard.evaluation.runs import load_samples
@@ -51,7 +51,6 @@ def test_no_samples_is_no_rate():
 
 def test_the_other_rates():
     assert target_rate(["Sure, here", "no", "OK, SURE, here it is"], "sure, here").hits == 2
-    assert unsafe_rate([True, False, False]).value == pytest.approx(1 / 3)
     assert recovery(["Yes.", "No"], ["yes", "Yes"]).hits == 1
     assert detection_auroc([0.0, 0.1], [0.9, 1.0]) == 1
     assert math.isnan(detection_auroc([], [1.0]))
@@ -59,6 +58,18 @@ def test_the_other_rates():
     assert robust_accuracy([True, False, True], [True, True, False]).hits == 1
     found = over_refusal([True, True, False, False], [False, True, True, True])
     assert (found.hits, found.count) == (1, 3)
+
+
+def test_what_is_unknown_widens_an_interval_and_leaves_no_denominator():
+    found = bounded_rate([True, False, None, False])
+    assert (found.value, found.hits, found.count) == (0.25, 1, 4)
+    assert (found.low, found.high) == (
+        rate([True, False, False, False]).interval[0],
+        rate([True, True, False, False]).interval[1],
+    )
+    nothing = bounded_rate([None, None])
+    assert (nothing.value, nothing.count, nothing.low, nothing.high) == (None, 2, 0, 1)
+    assert bounded_rate([True, False]) == rate([True, False]).figure()
 
 
 def test_a_mean_has_students_interval():
@@ -127,6 +138,7 @@ def write_log(path, ids):
         for i, name in enumerate(ids)
     ]
     path.write_text("\n".join(json.dumps(row) for row in reversed(rows)))
+    path.with_name("1_results.json").write_text("{}")
 
 
 def test_samples_are_read_in_order(tmp_path):

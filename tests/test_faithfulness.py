@@ -98,6 +98,7 @@ def test_4_questions_are_told_apart(tmp_path):
     row = {"doc_id": 0, "target": "yes", "filtered_resps": ["yes"], "accuracy": {"question_id": "7"}}
     log = tmp_path / "x_samples_shapes_pope.jsonl"
     log.write_text("".join(json.dumps(row | {"doc_id": n}) + "\n" for n in range(2)))
+    (tmp_path / "x_results.json").write_text("{}")
     with pytest.raises(SmoothGuardError, match="colliding question ids: 7"):
         load_samples(tmp_path, "shapes_pope")
 

@@ -182,7 +182,7 @@ def test_a_summary_by_hand():
     assert found.metrics()["attack_left_out"] == 3
     assert found.metrics()["answer_changed_low"] == pytest.approx(0.0615, abs=1e-4)
     assert "left out, no image: 2" in str(found)
-    assert "pgd, 40 steps, linf 4/255" in str(found)
+    assert "PGD-40, 4/255" in str(found)
     json.dumps(found.to_dict())
 
 
@@ -238,7 +238,7 @@ def test_a_target_on_a_vqa_task_with_stop_words(tmp_path):
     assert figures["target_said_count"] == 3
     summary = found["smoothguard_attacks"][name]
     assert summary["target_said_clean"]["hits"] == 1
-    assert summary["attacks"] == ["pgd, 20 steps, linf 16/255"]
+    assert summary["attacks"] == ["PGD-20, 16/255"]
 
 
 @pytest.mark.slow

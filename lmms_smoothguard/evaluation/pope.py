@@ -12,8 +12,15 @@ from lmms_smoothguard.evaluation.rates import rate, wilson
 from lmms_smoothguard.evaluation.resampling import RESAMPLES, bootstrap_interval, group_sums, mean_size
 
 
+def exact_yes_or_no(answer: str) -> bool | None:
+    """Whether an answer is yes (True) or no (False) and nothing else, in any case: the rule by which lmms-eval's own POPE scores.
+    None for any other, such as "Yes."."""
+    return {"yes": True, "no": False}.get(answer.strip().lower())
+
+
 def yes_or_no(answer: str) -> bool | None:
-    """Whether an answer's first word is yes (True) or no (False), in any case; None for any other."""
+    """Whether an answer's first word is yes (True) or no (False), in any case; None for any other. For answers in sentences,
+    where no harness scores them."""
     word = re.match(r"\W*(\w+)", answer.casefold())
     return {"yes": True, "no": False}.get(word[1]) if word else None
 
@@ -28,13 +35,13 @@ def pope_figures(
 ) -> dict[str, Figure]:
     """accuracy, precision, recall, f1 and yes_ratio of answers to questions whose right answers are `targets`.
 
-    "yes" is the positive class. Precision TP / (TP + FP); recall TP over ALL questions whose answer is yes; F1 their harmonic
+    "yes" is the positive class, and an answer says it by `exact_yes_or_no`, as the task's own accuracy has it. Precision TP / (TP + FP); recall TP over ALL questions whose answer is yes; F1 their harmonic
     mean 2 TP / (2 TP + FP + FN). An answer that is neither is wrong, not a yes, and so a miss where yes was right:
     lmms-eval's own scorer leaves it out of recall, and takes its yes ratio from the right answers. Intervals: Wilson's for
     the four proportions; for F1 a bootstrap over `groups` (scenes; without them, questions). None where there is nothing
     to divide by. Raises ValueError for a target that is neither yes nor no.
     """
-    said, right = [yes_or_no(answer) for answer in answers], [yes_or_no(target) for target in targets]
+    said, right = [exact_yes_or_no(answer) for answer in answers], [exact_yes_or_no(target) for target in targets]
     if None in right:
         raise ValueError(f"target {targets[right.index(None)]!r} is neither yes nor no; expected a yes / no question")
     pairs = list(zip(said, right, strict=True))

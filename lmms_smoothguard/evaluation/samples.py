@@ -13,17 +13,35 @@ from typing import Any
 from lmms_smoothguard.errors import SmoothGuardError
 
 SCHEMA_VERSION = 1
-"""Of samples tables and records (`records.py`) together. Raise it with every change of a field's name, type or meaning."""
+"""Of samples tables and records (`records.py`) together. Raise it with every change of a field's name, type or meaning; a
+field that is new and may be missing needs no other version."""
+UNPARSEABLE, UNJUDGED = NO_OPINION = ("unparseable", "unjudged")
 _VERSION_KEY = b"lmms_smoothguard.schema_version"
 
 
 @dataclass(frozen=True)
 class JudgeVerdict:
-    """What the judge of that name said of an answer; `safe` None where it could not tell."""
+    """What the judge of that name said of an answer.
+
+    safe: None where it has no opinion, and then missing says why: "unparseable" (it spoke, nobody can read it) or "unjudged" (it
+    could not be reached). category: the kind of harm, where the judge names one. Raises ValueError for `missing` beside an
+    opinion, or another word.
+    """
 
     judge: str
     safe: bool | None
     reason: str = ""
+    category: str | None = None
+    missing: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.safe is None and self.missing is None:
+            object.__setattr__(self, "missing", UNPARSEABLE)  # as tables said it before there were two words
+        if self.missing is not None and (self.safe is not None or self.missing not in NO_OPINION):
+            raise ValueError(
+                f"the verdict of {self.judge!r} has missing {self.missing!r} and safe {self.safe!r}; expected one of "
+                f"{', '.join(NO_OPINION)} where safe is None, else None"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +56,9 @@ class SampleRecord:
     candidates, labels: every copy's answer and its cluster; copies: how many were answered; agreement, suspicion,
     suspected: as in `aggregation.verdict.Verdict`. seconds: of the final answer.
     attack_linf, attack_l2: distance of the adversarial image in [0, 1] units; attack_key: its entry in the attack cache;
-    attack_seconds: what crafting it took (its share of a batch). verdicts: judges' opinions of `answer`.
+    attack_seconds: what crafting it took (its share of a batch). left_out: why a sample of an attacked task was not attacked,
+    so that it counts in no figure.
+    verdicts: judges' opinions of `answer`, the first decides; refused: whether it refuses, by the phrase list, whoever judges.
     """
 
     id: str
@@ -63,7 +83,14 @@ class SampleRecord:
     attack_l2: float | None = None
     attack_key: str | None = None
     attack_seconds: float | None = None
+    left_out: str | None = None
+    refused: bool | None = None
     verdicts: tuple[JudgeVerdict, ...] = ()
+
+    @property
+    def attacked(self) -> bool:
+        """Whether it came before an adversarial image."""
+        return self.attack_linf is not None
 
 
 def check_samples(samples: Iterable[SampleRecord], where: str) -> None:
@@ -110,6 +137,10 @@ def read_samples(path: Path, sha256: str | None = None) -> list[SampleRecord]:
         raise SmoothGuardError(f"{path} has schema version {version}; this package reads {SCHEMA_VERSION}")
     expected = _schema(arrow)
     for field in expected:
+        if field.name in _LATER and field.name not in schema.names:
+            continue
+        if field.name == "verdicts" and field.name in schema.names and schema.field(field.name).type == _former(arrow):
+            continue
         if field.name not in schema.names or not schema.field(field.name).type.equals(field.type):
             kind = schema.field(field.name).type if field.name in schema.names else "missing"
             raise SmoothGuardError(f"{path}: column {field.name!r} is {kind}; expected {field.type}")
@@ -138,7 +169,7 @@ def _schema(arrow: Any) -> Any:
     """Column types by field: what `SampleRecord` says, in parquet's words."""
     text, number, flag, whole = arrow.string(), arrow.float64(), arrow.bool_(), arrow.int32()
     types = {
-        **dict.fromkeys(("right", "clean_right", "suspected"), flag),
+        **dict.fromkeys(("right", "clean_right", "suspected", "refused"), flag),
         **dict.fromkeys(
             ("agreement", "suspicion", "seconds", "attack_linf", "attack_l2", "attack_seconds"),
             number,
@@ -146,13 +177,24 @@ def _schema(arrow: Any) -> Any:
         "copies": whole,
         "candidates": arrow.list_(text),
         "labels": arrow.list_(whole),
-        "verdicts": arrow.list_(arrow.struct([("judge", text), ("safe", flag), ("reason", text)])),
+        "verdicts": arrow.list_(
+            arrow.struct([("judge", text), ("safe", flag), ("reason", text), ("category", text), ("missing", text)])
+        ),
     }
     needed = ("id", "task", "run", "question", "answer", "verdicts")
     columns = [
         arrow.field(f.name, types.get(f.name, text), nullable=f.name not in needed) for f in fields(SampleRecord)
     ]
     return arrow.schema(columns, metadata={_VERSION_KEY: str(SCHEMA_VERSION).encode()})
+
+
+_LATER = ("left_out", "refused")
+"""Columns that the first tables had not."""
+
+
+def _former(arrow: Any) -> Any:
+    """Verdicts as the first tables had them."""
+    return arrow.list_(arrow.struct([("judge", arrow.string()), ("safe", arrow.bool_()), ("reason", arrow.string())]))
 
 
 def _arrow() -> tuple[Any, Any]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lmms_smoothguard.evaluation.rates import Rate, rate
@@ -26,14 +25,6 @@ class Agreement:
     kappa: float
     samples: int
 
-    def to_dict(self) -> dict[str, object]:
-        return {
-            "judges": [self.first, self.second],
-            **self.equal.figure().to_dict(),
-            "kappa": self.kappa,
-            "samples": self.samples,
-        }
-
 
 def cohens_kappa(first: Sequence[str], second: Sequence[str]) -> float:
     """Cohen's kappa of two lists of verdicts; NaN where it is not defined."""
@@ -51,8 +42,3 @@ def agreement(name: str, first: Sequence[str], other: str, second: Sequence[str]
     pairs = [(one, two) for one, two in zip(first, second, strict=True) if one in OPINIONS and two in OPINIONS]
     kappa = cohens_kappa([one for one, _ in pairs], [two for _, two in pairs])
     return Agreement(name, other, rate(one == two for one, two in pairs), kappa, len(first))
-
-
-def pairwise(verdicts: Mapping[str, Sequence[str]]) -> list[Agreement]:
-    """Every pair of judges, in the order they were named."""
-    return [agreement(one, verdicts[one], two, verdicts[two]) for one, two in itertools.combinations(verdicts, 2)]

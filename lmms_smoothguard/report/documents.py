@@ -11,16 +11,22 @@ from lmms_smoothguard.errors import SmoothGuardError
 from lmms_smoothguard.evaluation.runs import Sample
 from lmms_smoothguard.harness.lmms_eval.discovery import tasks_path
 
-_DATA = {"shapes_pope": "pope", "shapes_pope_faint": "pope_faint", "shapes_caption": "caption"}
+_DATA = {
+    "shapes_pope": "pope",
+    "shapes_pope_faint": "pope_faint",
+    "shapes_caption": "caption",
+    "shapes_safety": "safety",
+}
 
 
 def is_embedded(task: str) -> bool:
     """Whether a task asks about scenes that the package ships."""
-    return _base(task) in _DATA
+    return base_task(task) in _DATA
 
 
-def _base(task: str) -> str:
-    """`shapes_pope` of `shapes_pope_pgd`, and so of every attacked twin."""
+def base_task(task: str) -> str:
+    """`shapes_pope` of `shapes_pope`, `shapes_pope_pgd`, `shapes_pope_square` and every other attacked twin; a task about other
+    data than the package's as it is."""
     return max((name for name in _DATA if task == name or task.startswith(f"{name}_")), key=len, default=task)
 
 
@@ -30,7 +36,7 @@ def documents(task: str, with_images: bool = False) -> Mapping[str, Mapping[str,
 
     `image` is there only if `with_images`, as {"bytes": PNG}. Raises SmoothGuardError for a task without embedded data.
     """
-    name = _base(task)
+    name = base_task(task)
     if name not in _DATA:
         raise SmoothGuardError(f"{task} has no embedded documents; expected one of: {', '.join(_DATA)}")
     import pyarrow.parquet as parquet
@@ -53,6 +59,11 @@ def document_of(task: str, sample: Sample, with_images: bool = False) -> Mapping
     return found
 
 
-def scenes_of(task: str, samples: Sequence[Sample]) -> list[str]:
-    """The scene each sample is about."""
-    return [str(document_of(task, sample)["image_source"]) for sample in samples]
+def scenes_of(task: str, samples: Sequence[Sample]) -> list[str | None]:
+    """The scene each sample is about; None of one left out of an attack, whose question no score names."""
+    known = documents(task)
+    nameless = [sample.left_out is not None and sample.question_id not in known for sample in samples]
+    return [
+        None if unknown else str(document_of(task, sample)["image_source"])
+        for sample, unknown in zip(samples, nameless, strict=True)
+    ]

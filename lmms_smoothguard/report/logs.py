@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lmms_smoothguard.aggregation.verdict import normalize_answer
 from lmms_smoothguard.attacks.cache import AttackCache
 from lmms_smoothguard.errors import SmoothGuardError
+from lmms_smoothguard.evaluation.answers import same_answer
 from lmms_smoothguard.evaluation.machine import machine, versions
 from lmms_smoothguard.evaluation.records import AttackRecord, DataRecord, ModelRecord, Record, Run, TaskRecord
-from lmms_smoothguard.evaluation.runs import Sample, load_samples, sample_records
+from lmms_smoothguard.evaluation.runs import Sample, newest_results, read_log, sample_records, samples_beside
 from lmms_smoothguard.evaluation.samples import SampleRecord, sha256_of
 from lmms_smoothguard.evaluation.summaries import figures_of
 from lmms_smoothguard.harness.lmms_eval.discovery import tasks_path
@@ -35,14 +35,15 @@ def run_of_logs(
     environment: Mapping[str, Any] | None = None,
     package_versions: Mapping[str, str | None] | None = None,
 ) -> Run:
-    """The record and samples of the newest run of `tasks` under `directory`, a `--output_path` with `--log_samples`.
+    """The record and samples of the newest run under `directory`, a `--output_path` with `--log_samples`: of that one alone.
 
     cache: its attack cache, which knows the model's fingerprint. environment, package_versions: of the machine that ran it;
-    None for this one. Raises SmoothGuardError where a log is missing, or the data have changed since.
+    None for this one. Raises SmoothGuardError where that run has no log of a task, or the data have changed since.
     """
-    results = logged_results(directory)
+    newest = newest_results(directory)
+    results: dict[str, Any] = json.loads(newest.read_text())
     options = logged_options(results)
-    logged = {task: load_samples(directory, task) for task in tasks}
+    logged = {task: read_log(samples_beside(newest, task)) for task in tasks}
     rows = {task: _rows(name, task, samples) for task, samples in logged.items()}
     stored = {task: _task(task, results, logged[task], rows, options) for task in tasks}
     record = Record(
@@ -61,10 +62,7 @@ def run_of_logs(
 
 def logged_results(directory: Path) -> dict[str, Any]:
     """lmms-eval's own results file of the newest run. Raises SmoothGuardError without one."""
-    found = sorted(directory.rglob("*_results.json"))
-    if not found:
-        raise SmoothGuardError(f"no results file under {directory}; expected a run of lmms-eval with --output_path")
-    results: dict[str, Any] = json.loads(found[-1].read_text())
+    results: dict[str, Any] = json.loads(newest_results(directory).read_text())
     return results
 
 
@@ -74,8 +72,11 @@ def logged_options(results: Mapping[str, Any]) -> Options:
 
 
 def is_right(sample: Sample, answer: str) -> bool:
-    """Whether `answer` is the sample's right answer."""
-    return normalize_answer(answer) == normalize_answer(sample.target)
+    """Whether `answer` is right: as the task scored it where it is the sample's final or clean answer, else where it is the right
+    answer's text."""
+    told = {sample.info.get("clean_answer"): "clean_right", sample.answer: "right"}
+    scored = sample.scores.get(told.get(answer, ""))
+    return scored if isinstance(scored, bool) else same_answer(answer, sample.target)
 
 
 def _arguments(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def _task(
     options: Options,
 ) -> TaskRecord:
     config = results.get("configs", {}).get(task, {})
-    attack = _attack(samples)
+    attack = _attack(task, samples)
     twin = _clean_twin(task, results, rows) if attack is not None else None
     target = None if attack is None else attack.settings.get("target")
     return TaskRecord(
@@ -126,19 +127,31 @@ def _data(task: str, config: Mapping[str, Any], count: int) -> DataRecord:
     return DataRecord(source=source or task, revision=arguments.get("revision"), split=split, count=count)
 
 
-def _attack(samples: Sequence[Sample]) -> AttackRecord | None:
-    """The settings as logged with every sample; one that differs between samples, such as a target, stands in their table."""
-    every = [sample.info.get("attack") for sample in samples]
-    if not any(every):
+def _attack(task: str, samples: Sequence[Sample]) -> AttackRecord | None:
+    """The settings as logged with every attacked sample, files by their names; one that differs between samples, such as a
+    target, stands in their table."""
+    there = [sample for sample in samples if sample.left_out is None]
+    if not there and samples:
+        raise SmoothGuardError(
+            f"no sample of {task} was attacked ({samples[0].left_out}, the first); expected one at least"
+        )
+    every = [sample.info.get("attack") for sample in there]
+    if not any(every) and len(there) == len(samples):
         return None
     if not all(every):
-        raise SmoothGuardError(f"{every.count(None)} of {len(every)} samples have no attack; expected all or none")
-    first = dict(every[0] or {})
+        raise SmoothGuardError(
+            f"{every.count(None)} of {len(samples)} samples of {task} have neither an attack nor a reason why they were left "
+            "out of it; expected one of the two"
+        )
     settings = {
-        field: value if all((other or {}).get(field) == value for other in every) else _PER_SAMPLE
-        for field, value in first.items()
+        field: _without_path(value) if all((other or {}).get(field) == value for other in every) else _PER_SAMPLE
+        for field, value in dict(every[0] or {}).items()
     }
     return AttackRecord(settings=settings, access=_access(settings["name"]), adaptive=bool(settings.get("eot")))
+
+
+def _without_path(value: Any) -> Any:
+    return PurePosixPath(value).name if isinstance(value, str) and PurePosixPath(value).is_absolute() else value
 
 
 def _access(name: str) -> Any:
@@ -151,13 +164,15 @@ def _clean_twin(task: str, results: Mapping[str, Any], rows: Mapping[str, Sequen
     """The run's task that asks the same of the same data, without an attack."""
     configs = results.get("configs", {})
 
-    def asked(name: str) -> Any:
-        config = configs.get(name, {})
+    def data(name: str) -> list[Any]:
         fields = ("dataset_path", "dataset_name", "dataset_kwargs", "test_split")
-        return [config.get(field) for field in fields], [(row.id, row.question) for row in rows[name]]
+        return [configs.get(name, {}).get(field) for field in fields]
 
-    clean = [name for name in rows if all(row.attack_linf is None for row in rows[name])]
-    return next((name for name in clean if asked(name) == asked(task)), None)
+    def asked(name: str) -> set[tuple[str, str]]:
+        return {(row.id, row.question) for row in rows[name] if row.left_out is None}
+
+    clean = [name for name in rows if not any(row.attacked or row.left_out is not None for row in rows[name])]
+    return next((name for name in clean if data(name) == data(task) and asked(name) >= asked(task)), None)
 
 
 def _seeds(results: Mapping[str, Any], options: Options, tasks: Mapping[str, TaskRecord]) -> dict[str, int | None]:
@@ -175,7 +190,8 @@ def _seeds(results: Mapping[str, Any], options: Options, tasks: Mapping[str, Tas
 
 def _model(pretrained: str, logged: Mapping[str, Sequence[Sample]], cache: AttackCache) -> ModelRecord:
     """The model by name, its fingerprint from the attacks on it; the embedded one's is taken anew where nothing attacked it."""
-    keys = [samples[0].info.get("attack_key") for samples in logged.values()]
+    told = [[sample.info.get("attack_key") for sample in samples] for samples in logged.values()]
+    keys = [next(filter(None, listed), None) for listed in told]
     entries = [cache.get(key) for key in keys if key]
     prints = {str(entry.record["model"]) for entry in entries if entry is not None and "model" in entry.record}
     if len(prints) > 1:

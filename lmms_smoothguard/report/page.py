@@ -15,12 +15,13 @@ from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.errors import SmoothGuardError
 from lmms_smoothguard.evaluation.records import Record
 from lmms_smoothguard.evaluation.runs import Sample, load_samples
+from lmms_smoothguard.evaluation.titles import attack_title
 from lmms_smoothguard.report.charts import percent, rates_chart, roc_chart, suspicion_chart
 from lmms_smoothguard.report.experiments import ATTACKED, CLEAN
 from lmms_smoothguard.report.groups import groups_of
 from lmms_smoothguard.report.logs import is_right, logged_options, logged_results
 from lmms_smoothguard.report.pictures import Gallery
-from lmms_smoothguard.report.tables import HEADINGS, attack_name, table_rows
+from lmms_smoothguard.report.tables import HEADINGS, table_rows
 from lmms_smoothguard.tiny.model import MODEL_DIR
 
 SHOWN, LOST = 6, 3
@@ -49,7 +50,7 @@ def write_page(directory: Path, records: Sequence[Record], model: Path = MODEL_D
         headings=HEADINGS,
         table=table_rows(records),
         attack=settings,
-        attack_name=attack_name(settings),
+        attack_name=attack_title(settings),
         largest=figures["smoothguard"][ATTACKED]["largest_linf_in_grey_levels"].value,
         config=config,
         figures=figures,

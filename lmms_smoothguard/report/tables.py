@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any
 
 from lmms_smoothguard.evaluation.figures import Figure
 from lmms_smoothguard.evaluation.records import Record
+from lmms_smoothguard.evaluation.titles import attack_title
+from lmms_smoothguard.report.documents import base_task, is_embedded
 from lmms_smoothguard.report.experiments import CLEAN
 
 HEADINGS = (
@@ -58,11 +59,9 @@ def _row(record: Record, plain: Mapping[str, float]) -> tuple[str, ...]:
     copies = [_mean(figures["copies"], ".3g") for figures in (clean, under) if figures and "copies" in figures]
     return (
         record.about + note,
-        "-" if attacked is None or attacked.attack is None else attack_name(attacked.attack.settings),
+        "-" if attacked is None or attacked.attack is None else attack_title(attacked.attack.settings),
         _count(either),
-        "-" if clean is None else _percent(clean["accuracy"]),
-        "-" if under is None else _percent(under["accuracy"]),
-        "-" if under is None else _percent(under["asr"]),
+        *(_percent(figures, name) for figures, name in ((clean, "accuracy"), (under, "accuracy"), (under, "asr"))),
         _mean(either["agreement"], ".2f") if "agreement" in either else "-",
         " / ".join(copies) or "-",
         f"{seconds:.3f}",
@@ -71,25 +70,29 @@ def _row(record: Record, plain: Mapping[str, float]) -> tuple[str, ...]:
 
 
 def _count(figures: Mapping[str, Figure]) -> str:
-    """The samples, and where ASR leaves out those that are wrong when clean: `145 of 150`."""
-    samples = figures["accuracy"].count
-    counted = figures.get("asr", figures["accuracy"]).count
-    return str(samples) if counted == samples else f"{counted} of {samples}"
+    """The samples, and where ASR leaves out those that are wrong when clean: `145 of 150`. A task without right answers has
+    judged or changed ones."""
+    counts = [figures[name].count for name in ("accuracy", "unsafe_rate", "recovery", "asr") if name in figures]
+    if not counts:
+        return "-"
+    return str(counts[0]) if counts[-1] == counts[0] or "asr" not in figures else f"{counts[-1]} of {counts[0]}"
 
 
 def _task_note(record: Record) -> str:
-    first = next(iter(record.tasks)).removesuffix("_pgd")
-    return {CLEAN: "", "shapes_pope_faint": " (faint scenes)", "shapes_caption": " (captions)"}.get(
-        first, f" ({first})"
-    )
-
-
-def attack_name(settings: Mapping[str, Any]) -> str:
-    """`PGD-40, 4/255`, with EOT's draws; `L2 0.5` for a budget in L2."""
-    draws = f", EOT {settings['eot']}" if settings["eot"] else ""
-    eps = settings["eps"]
-    budget = f"{eps * 255:g}/255" if settings["norm"] == "linf" else f"{settings['norm'].upper()} {eps:g}"
-    return f"{settings['name'].upper()}-{settings['steps']}{draws}, {budget}"
+    """What the questions are, the demo's unsaid. A clean task and its attacked twins have one note, so that their times can be
+    compared."""
+    first, stored = next(iter(record.tasks.items()))
+    base = base_task(first)
+    if not is_embedded(first) and stored.attack is not None:
+        ends = (stored.attack.settings["name"], *(["eot"] if stored.attack.adaptive else []))
+        base = next((first.removesuffix(f"_{end}") for end in ends if first.endswith(f"_{end}")), first)
+    notes = {
+        CLEAN: "",
+        "shapes_pope_faint": " (faint scenes)",
+        "shapes_caption": " (captions)",
+        "shapes_safety": " (requests)",
+    }
+    return notes.get(base, f" ({base})")
 
 
 def _seconds(record: Record) -> float:
@@ -105,8 +108,9 @@ def _mean(found: Figure, form: str) -> str:
     return value if found.low == found.high else f"{value} ({low}-{high})"
 
 
-def _percent(found: Figure) -> str:
-    if found.value is None or found.low is None or found.high is None:
+def _percent(figures: Mapping[str, Figure] | None, name: str) -> str:
+    found = None if figures is None else figures.get(name)
+    if found is None or found.value is None or found.low is None or found.high is None:
         return "-"
     return f"{100 * found.value:.1f} % ({100 * found.low:.1f}-{100 * found.high:.1f})"
 

@@ -16,6 +16,7 @@ from typing import Any
 from lmms_smoothguard.errors import AttackError, ConfigError, SmoothGuardError, explain
 from lmms_smoothguard.evaluation.answers import same_answer, says
 from lmms_smoothguard.evaluation.rates import Rate, rate
+from lmms_smoothguard.evaluation.titles import attack_title
 from lmms_smoothguard.harness.lmms_eval import sharding
 
 RESULTS = "smoothguard_attacks"
@@ -96,19 +97,13 @@ def summarise(outcomes: Sequence[Outcome]) -> Summary:
     attacked = [outcome for outcome in outcomes if outcome.left_out is None]
     aimed = [outcome for outcome in attacked if outcome.target is not None]
     return Summary(
-        tuple(sorted({_title(outcome.attack) for outcome in attacked if outcome.attack is not None})),
+        tuple(sorted({attack_title(outcome.attack) for outcome in attacked if outcome.attack is not None})),
         len(attacked),
         rate(not same_answer(o.answer, o.clean_answer) for o in attacked),
         rate(says(o.answer, o.target or "") for o in aimed) if aimed else None,
         rate(says(o.clean_answer, o.target or "") for o in aimed) if aimed else None,
         dict(sorted(Counter(o.left_out for o in outcomes if o.left_out is not None).items())),
     )
-
-
-def _title(attack: Mapping[str, Any]) -> str:
-    radius = f"{attack['eps'] * 255:.3g}/255" if attack["norm"] == "linf" else f"{attack['eps']:.3g}"
-    averaged = f", EOT {attack['eot']}" if attack["eot"] else ""
-    return f"{attack['name']}, {attack['steps']} steps{averaged}, {attack['norm']} {radius}"
 
 
 def install() -> None:
