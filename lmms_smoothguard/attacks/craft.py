@@ -98,7 +98,7 @@ class Crafter:
     def _key(self, job: Job) -> str:
         return content_key(
             format=FORMAT,
-            settings=job.settings.to_dict(),
+            **settings_parts(job.settings),
             code=plugins.provenance("attacks", job.settings.name),
             model=self.fingerprint,
             randomness=self._known_randomness(job.settings.eot),
@@ -225,6 +225,15 @@ class Crafter:
 
 def _randomness_of(defense: Choice) -> Randomness | None:
     return getattr(plugins.load("defenses", defense.name), "randomness", None)
+
+
+def settings_parts(settings: AttackSettings) -> dict[str, Any]:
+    """What a key says of an attack's settings: whatever options only point at stands there by its content."""
+    attack: type[Attack] = plugins.load("attacks", settings.name)
+    with plugins.blame("attacks", settings.name):
+        content = attack.content(settings)
+    fields = {name: value for name, value in settings.to_dict().items() if name not in content}
+    return {"settings": fields, **{f"content of {name}": value for name, value in content.items()}}
 
 
 def reference_answer(
