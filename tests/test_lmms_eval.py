@@ -155,7 +155,7 @@ def test_adaptive_attack_goes_through_the_defence():
         ["shapes_pope_pgd"], limit=2, sigma=0.2, noise_space="pixel", num_samples=3, attack_eot=2, attack_steps=2
     )
     assert all(info["attack"]["eot"] == 2 for info in infos(found, "shapes_pope_pgd"))
-    with pytest.raises(AttackError, match="the defence has no noise"):
+    with pytest.raises(AttackError, match="shows none"):
         evaluate(["shapes_pope_pgd"], limit=2, defense="none", attack_eot=2, attack_steps=2)
 
 
@@ -294,7 +294,7 @@ def test_an_attacked_task_without_our_model_says_so():
     from lmms_smoothguard.harness.lmms_eval.scoring import attack_scores
 
     with pytest.raises(SmoothGuardError, match="no record of an attack"):
-        attack_scores("shapes_pope_pgd", {"question_id": "nowhere"}, "Yes", lambda answer: True)
+        attack_scores({"question_id": "nowhere"}, "Yes", lambda answer: True)
 
 
 def test_the_plugin_never_breaks_lmms_eval(monkeypatch):

@@ -15,8 +15,8 @@ def doc_to_text(doc):
     return doc["question"]
 
 
-def pope_pgd_results(doc, results):
-    scores = attack_scores("shapes_pope_pgd", doc, results[0], lambda answer: same_answer(answer, doc["answer"]))
+def pope_attacked_results(doc, results):
+    scores = attack_scores(doc, results[0], lambda answer: same_answer(answer, doc["answer"]))
     return pope_process_results(doc, results) | scores
 
 
@@ -24,8 +24,8 @@ def caption_results(doc, results):
     return caption_scores(doc, results[0])
 
 
-def caption_pgd_results(doc, results):
-    scores = attack_scores("shapes_caption_pgd", doc, results[0], lambda answer: same_answer(answer, doc["caption"]))
+def caption_attacked_results(doc, results):
+    scores = attack_scores(doc, results[0], lambda answer: same_answer(answer, doc["caption"]))
     return caption_scores(doc, results[0]) | scores
 
 

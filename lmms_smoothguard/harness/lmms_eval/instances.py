@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lmms_eval.api.instance import Instance
 from PIL import Image
+
+from lmms_smoothguard.errors import AttackError, explain
 
 
 def document_of(wrapper: Any, request: Instance) -> Any:
     """The document behind a request."""
     *_, doc_id, task, split = request.args
     return wrapper.task_dict[task][split][doc_id]
+
+
+@contextlib.contextmanager
+def reading(request: Instance) -> Iterator[None]:
+    """Names the sample when its document or pictures cannot be read: what a decoder says of broken bytes does not."""
+    try:
+        yield
+    except Exception as error:
+        raise AttackError(
+            f"the pictures of {request.task_name}[{request.doc_id}] cannot be read ({explain(error)}); expected pictures "
+            "that PIL opens. Mend the data set, or leave the sample out with --offset and --limit."
+        ) from error
 
 
 def _place_of_media(wrapper: Any) -> int:

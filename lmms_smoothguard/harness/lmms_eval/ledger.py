@@ -1,33 +1,63 @@
-"""What the wrapper learnt of a sample and its scoring needs: lmms-eval hands scorers the document and the answer alone."""
+"""What the wrapper learnt of a sample and its scoring needs: lmms-eval hands scorers the document and the answer alone.
+
+Entries are kept under (task, the document's own scalar fields). A scorer is not told its task's name, but lmms-eval says
+which task it is scoring: so one scoring function serves any number of tasks, those that others derive from ours too.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lmms_smoothguard.errors import SmoothGuardError
 
-_clean_answers: dict[tuple[str, str], str] = {}
+
+@dataclass(frozen=True)
+class Note:
+    """`clean_answer`: the undefended model's to the clean sample; `left_out`: why it was not attacked, None if it was."""
+
+    clean_answer: str
+    left_out: str | None = None
 
 
-def _place(task: str, doc: Mapping[str, Any]) -> tuple[str, str]:
+_notes: dict[str, dict[str, Note]] = {}
+"""Document -> task -> note."""
+
+
+def place(doc: Mapping[str, Any]) -> str:
+    """What tells documents of one task apart: all their fields but images and other nested ones."""
     scalars = {key: doc[key] for key in sorted(doc) if isinstance(doc[key], str | int | float | bool)}
-    return task, json.dumps(scalars, sort_keys=True)
+    return json.dumps(scalars, sort_keys=True)
 
 
-def record(task: str, doc: Mapping[str, Any], clean_answer: str) -> None:
-    """Notes the undefended model's answer to a clean sample, under the task's name and the document's own fields."""
-    _clean_answers[_place(task, doc)] = clean_answer
+def record(task: str, doc: Mapping[str, Any], note: Note) -> None:
+    """Keeps a note on a document of a task."""
+    _notes.setdefault(place(doc), {})[task] = note
 
 
-def clean_answer(task: str, doc: Mapping[str, Any]) -> str:
-    """What was noted of a document. Raises SmoothGuardError where it was never attacked in this run."""
-    try:
-        return _clean_answers[_place(task, doc)]
-    except KeyError:
-        raise SmoothGuardError(
-            f"sample {doc.get('question_id', '?')!r} has no record of an attack: its answer did not come through a "
-            "smoothguard_* model in this run. Use --model smoothguard_<base> (defense=none for the undefended run) and "
-            "leave lmms-eval's response cache (--use_cache) off for attacked tasks."
-        ) from None
+def look_up(doc: Mapping[str, Any], task: str | None = None) -> Note:
+    """What was noted of a document; `task` None is the one that lmms-eval is scoring.
+
+    Raises SmoothGuardError where it was never attacked in this run.
+    """
+    notes = _notes.get(place(doc), {})
+    task = task or _task_being_scored()
+    if task is not None and task in notes:
+        return notes[task]
+    if task is None and len(set(notes.values())) == 1:  # called by hand, outside lmms-eval's scoring
+        return next(iter(notes.values()))
+    raise SmoothGuardError(
+        f"sample {doc.get('question_id', '?')!r} of {task or 'an unnamed task'} has no record of an attack: its answer did "
+        "not come through a smoothguard_* model in this run. Use --model smoothguard_<base> (defense=none for the "
+        "undefended run) and leave lmms-eval's response cache (--use_cache) off for attacked tasks."
+    )
+
+
+def _task_being_scored() -> str | None:
+    """Set by lmms-eval around a task's scoring, for the bills of its LLM judges; it has no public reader."""
+    from lmms_eval.models.model_utils import usage_metrics
+
+    name = getattr(usage_metrics, "_CURRENT_TASK_CONTEXT", None)
+    return name if isinstance(name, str) else None

@@ -19,18 +19,13 @@ from typing import Any
 
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts, unwrap_generation_output
-from PIL import Image
 
 import hf_integration
-from lmms_smoothguard.aggregation.verdict import normalize_answer
-from lmms_smoothguard.attacks.cache import AttackCache, Entry
-from lmms_smoothguard.attacks.craft import Crafter, Job, reference_answer
-from lmms_smoothguard.attacks.objective import answer_ids
-from lmms_smoothguard.errors import AttackError, ConfigError, UndefendableError, explain
-from lmms_smoothguard.harness.lmms_eval import ledger, sharding
-from lmms_smoothguard.harness.lmms_eval.instances import document_of, has_media, images_of, with_images
-from lmms_smoothguard.harness.lmms_eval.options import Options, TaskAttack, explain_leftover, take_options
-from lmms_smoothguard.harness.lmms_eval.recording import PlainPass, recorded
+from lmms_smoothguard.errors import ConfigError, UndefendableError, explain
+from lmms_smoothguard.harness.lmms_eval import reporting, sharding
+from lmms_smoothguard.harness.lmms_eval.attacking import INFO, attacked_requests
+from lmms_smoothguard.harness.lmms_eval.instances import has_media
+from lmms_smoothguard.harness.lmms_eval.options import Options, explain_leftover, take_options
 
 
 class SampleCounts(TokenCounts):
@@ -48,9 +43,12 @@ class SmoothGuardMixin:
     """Stands before a wrapper of lmms-eval; reads `defense`, its fields and `attack*` from the model's arguments."""
 
     _sg_options: Options
+    _sg_outcomes: reporting.Outcomes
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._sg_outcomes = {}
         sharding.reproducible_sums()
+        reporting.install()
         sharding.guard_evaluator()
         with sharding.all_or_none():
             self._sg_init(args, kwargs)
@@ -92,9 +90,12 @@ class SmoothGuardMixin:
         """Crafts the attacks that the requests' tasks ask for, then answers every request through the defence."""
         from tqdm import tqdm
 
+        model, processor, quiet = self._sg_model(), _find_processor(self), self._sg_quiet()
         with _one_voice(type(self)):
-            attacked = self._sg_attack(requests)
-            bar = tqdm(requests, desc="answering", unit="sample", disable=self._sg_quiet())
+            attacked = attacked_requests(
+                self, requests, self._sg_options, model, processor, lambda request: self._sg_base(request)[0], quiet
+            )
+            bar = tqdm(requests, desc="answering", unit="sample", disable=quiet)
             return [self._sg_answer(attacked.get(id(request), request)) for request in bar]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> Any:
@@ -117,7 +118,7 @@ class SmoothGuardMixin:
     # -- one answer ----------------------------------------------------------------------------------------------------
 
     def _sg_answer(self, request: Instance) -> GenerationResult:
-        info = dict(request.metadata.get("_smoothguard", {}))
+        info = dict(request.metadata.get(INFO, {}))
         started = time.perf_counter()
         text, counts, seen = self._sg_base(request)
         info["seconds"] = time.perf_counter() - started
@@ -128,6 +129,9 @@ class SmoothGuardMixin:
                     "this wrapper bypasses it, so its answers would be undefended"
                 )
             info |= _summary(seen)
+        outcome = reporting.outcome_of(info, text)
+        if outcome is not None:
+            self._sg_outcomes[request.task_name, request.doc_id] = outcome
         return GenerationResult(text=text, token_counts=SampleCounts(info, counts))
 
     def _sg_base(self, request: Instance) -> tuple[str, TokenCounts | None, hf_integration.Observation]:
@@ -142,76 +146,6 @@ class SmoothGuardMixin:
             raise RuntimeError(f"{type(self).__name__} gave no answer to {request.task_name}[{request.doc_id}]")
         text, counts = unwrap_generation_output(results[0])
         return text, counts, seen
-
-    # -- attacks -------------------------------------------------------------------------------------------------------
-
-    def _sg_attack(self, requests: Sequence[Instance]) -> dict[int, Instance]:
-        """The requests that are attacked, by id, with adversarial images in place of their own."""
-        asked = [(request, self._sg_options.attack_on(request.metadata)) for request in requests]
-        todo = [(request, attack) for request, attack in asked if attack is not None]
-        if not todo:
-            return {}
-        from tqdm import tqdm
-
-        processor = _find_processor(self)
-        if processor is None:
-            raise AttackError(
-                f"{type(self).__name__} shows no processor; expected one to carry gradients to the pixels"
-            )
-        model, cache = self._sg_model(), AttackCache(self._sg_options.attack_cache)
-        defense, quiet = self._sg_options.defense, self._sg_quiet()
-        crafter = Crafter(model, processor, cache, defense, self._sg_options.attack_batch_size, quiet)
-        tokenizer = getattr(processor, "tokenizer", None) or getattr(self, "tokenizer", None)
-        jobs, plains = [], []
-        for request, attack in tqdm(todo, desc="clean answers", unit="sample", disable=quiet):
-            images = images_of(self, request)
-            if not images:
-                raise AttackError(
-                    f"{request.task_name}[{request.doc_id}] has no image to attack; expected an image task"
-                )
-            with recorded(model, crafter.fingerprint, cache) as plain:
-                plain.text, _, _ = self._sg_base(request)
-            plains.append(plain)
-            jobs.append(_job(attack, document_of(self, request), tuple(images), plain, tokenizer))
-        entries = crafter.craft(jobs)
-        return {
-            id(request): self._sg_attacked(request, attack, plain, entry)
-            for (request, attack), plain, entry in zip(todo, plains, entries, strict=True)
-        }
-
-    def _sg_attacked(self, request: Instance, attack: TaskAttack, plain: PlainPass, entry: Entry) -> Instance:
-        info = {
-            "attack": entry.record["attack"],
-            "attack_key": entry.key,
-            "attack_linf": entry.record["linf"],
-            "attack_l2": entry.record["l2"],
-            "attack_rendering_gap": entry.record["rendering_gap"],
-            "attack_seconds": entry.record["seconds"],
-            "clean_answer": plain.text,
-        }
-        ledger.record(request.task_name, document_of(self, request), plain.text)
-        pictures = [Image.fromarray(image) for image in entry.images]
-        return dataclasses.replace(
-            request,
-            arguments=with_images(self, request, pictures),
-            metadata={**request.metadata, "_smoothguard": info},
-        )
-
-
-def _job(attack: TaskAttack, doc: Any, images: tuple[Image.Image, ...], plain: PlainPass, tokenizer: Any) -> Job:
-    settings = attack.settings
-    target = settings.target
-    if attack.target_field is not None:
-        target = str(doc[attack.target_field])
-        settings = dataclasses.replace(settings, target=target)
-    if target is not None:
-        answer = answer_ids(tokenizer, plain.inputs["input_ids"][0].tolist(), target)
-    else:
-        label = None if attack.label is None else str(doc[attack.label])
-        if label is not None and normalize_answer(label) == normalize_answer(plain.text):
-            label = None  # the model's own words for the right answer, token by token
-        answer = reference_answer(tokenizer, plain.inputs, plain.answer, label)
-    return Job(settings, images, plain.inputs, tuple(answer))
 
 
 def _summary(seen: hf_integration.Observation) -> dict[str, Any]:
