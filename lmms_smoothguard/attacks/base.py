@@ -39,7 +39,7 @@ class Attack(ABC):
     def __init__(self, settings: AttackSettings) -> None:
         self.settings = settings
 
-    @classmethod
+    @classmethod  # noqa: B027 - most attacks have nothing to refuse
     def check(cls, settings: AttackSettings) -> None:
         """Raises ConfigError for settings that do not go together; called as soon as they are made."""
 

@@ -88,8 +88,8 @@ class Crafter:
             title = f"crafting {len(missing)} attacks"
             with (
                 tqdm(total=total, desc=title, unit="step", disable=self._quiet) as bar,
-                _frozen(self._model),
-                _deterministic(),
+                frozen(self._model),
+                deterministic(),
             ):
                 for batch in self._batches(missing):
                     entries |= self._craft_batch({key: missing[key] for key in batch}, bar)
@@ -141,7 +141,7 @@ class Crafter:
     def _craft_batch(self, jobs: Mapping[str, Job], bar: Any) -> dict[str, Entry]:
         first = next(iter(jobs.values()))
         settings, device = first.settings, self._model.device
-        clean = _pictures([job.images for job in jobs.values()], device)
+        clean = slots_of([job.images for job in jobs.values()], device)
         renderer = Renderer(self._processor, device, first.inputs[PIXELS].dtype)
         captured = {**first.inputs, PIXELS: torch.cat([job.inputs[PIXELS] for job in jobs.values()])}
         with torch.no_grad():
@@ -269,7 +269,7 @@ def _attackers_generator(seed: int, key: str, slot: int, draw: int) -> torch.Gen
     return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "big") >> 1)
 
 
-def _pictures(rows: Sequence[Sequence[Image.Image]], device: torch.device) -> Pictures:
+def slots_of(rows: Sequence[Sequence[Image.Image]], device: torch.device) -> Pictures:
     """Clean pictures as float slots (batch, 3, height, width)."""
     arrays = [[np.asarray(image.convert("RGB"), np.float32) / 255 for image in row] for row in rows]
     return tuple(
@@ -279,7 +279,7 @@ def _pictures(rows: Sequence[Sequence[Image.Image]], device: torch.device) -> Pi
 
 
 @contextlib.contextmanager
-def _deterministic() -> Iterator[None]:
+def deterministic() -> Iterator[None]:
     """Deterministic kernels where there are any: some on a GPU sum in whatever order their threads arrive."""
     enabled, warn_only = (
         torch.are_deterministic_algorithms_enabled(),
@@ -294,7 +294,7 @@ def _deterministic() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _frozen(model: Any) -> Iterator[None]:
+def frozen(model: Any) -> Iterator[None]:
     """No gradients for the weights, and evaluation mode, for the time of an attack."""
     training = model.training
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -111,7 +111,9 @@ class FeatureLoss:
         self._sign = 1.0
         self._goal: Pictures | None = None
         if options.target_text is not None:
-            self._fixed = text_feature(threat.model, threat.processor, options.target_text).expand(len(generators), 1, -1)
+            self._fixed = text_feature(threat.model, threat.processor, options.target_text).expand(
+                len(generators), 1, -1
+            )
             return
         if options.target_image is not None:
             self._goal = tuple(_fitted(options.target_image, slot) for slot in threat.clean)

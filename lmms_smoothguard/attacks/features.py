@@ -53,7 +53,9 @@ def text_feature(model: Any, processor: Any, text: str) -> torch.Tensor:
         raise AttackError(f"{type(processor).__name__} has no tokenizer; expected the model's whole processor")
     ids = tokenizer(text, add_special_tokens=False).input_ids
     if not ids:
-        raise AttackError(f"attack target_text is {text!r}, which has no tokens; expected words of the model's vocabulary")
+        raise AttackError(
+            f"attack target_text is {text!r}, which has no tokens; expected words of the model's vocabulary"
+        )
     with torch.no_grad():
         embedded: torch.Tensor = model.get_input_embeddings()(torch.tensor(ids, device=model.device))
     return embedded.float().mean(0)

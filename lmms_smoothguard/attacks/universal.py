@@ -48,7 +48,9 @@ class UniversalOptions:
         if self.base is not None and self.size is not None:
             raise ConfigError(f"attack size is {self.size!r}, but base {self.base!r} has a size; expected one of them")
         if self.optimizer not in OPTIMIZERS:
-            raise ConfigError(f"attack optimizer is {self.optimizer!r}; {did_you_mean(str(self.optimizer), OPTIMIZERS)}")
+            raise ConfigError(
+                f"attack optimizer is {self.optimizer!r}; {did_you_mean(str(self.optimizer), OPTIMIZERS)}"
+            )
 
 
 class Universal(Attack):
@@ -65,7 +67,9 @@ class Universal(Attack):
                 f"attack target is {settings.target!r}; attack=universal forces the responses of its corpus. Expected a corpus"
             )
         if settings.restarts != 1:
-            raise ConfigError(f"attack restarts is {settings.restarts!r}; attack=universal makes one, expected 1 or other seeds")
+            raise ConfigError(
+                f"attack restarts is {settings.restarts!r}; attack=universal makes one, expected 1 or other seeds"
+            )
         if settings.norm != "linf":
             raise ConfigError(f"attack norm is {settings.norm!r}; attack=universal knows linf alone")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import time
@@ -17,7 +16,7 @@ from PIL import Image
 
 from lmms_smoothguard import plugins
 from lmms_smoothguard.attacks.cache import FORMAT, Entry, content_key
-from lmms_smoothguard.attacks.craft import Crafter, _deterministic, _frozen, _pictures, settings_parts
+from lmms_smoothguard.attacks.craft import Crafter, deterministic, frozen, settings_parts, slots_of
 from lmms_smoothguard.attacks.objective import PIXELS, AnswerLoss, Threat
 from lmms_smoothguard.attacks.pictures import Objective, Pictures, distances
 from lmms_smoothguard.attacks.precision import exact_logits
@@ -51,8 +50,8 @@ class UniversalCrafter(Crafter):
 
         with (
             tqdm(total=settings.steps, desc="crafting a universal picture", unit="step", disable=self._quiet) as bar,
-            _frozen(self._model),
-            _deterministic(),
+            frozen(self._model),
+            deterministic(),
             exact_logits(self._model),
         ):
             return self._craft_universal(key, settings, base, lessons, bar)
@@ -75,7 +74,7 @@ class UniversalCrafter(Crafter):
         self, key: str, settings: AttackSettings, base: np.ndarray, lessons: Sequence[Lesson], bar: Any
     ) -> Entry:
         model, captured = self._model, lessons[0].inputs
-        clean = _pictures([[Image.fromarray(base)]], model.device)
+        clean = slots_of([[Image.fromarray(base)]], model.device)
         renderer = Renderer(self._processor, model.device, captured[PIXELS].dtype)
         with torch.no_grad():
             gap = renderer.check(clean, captured, PIXELS)[0]
