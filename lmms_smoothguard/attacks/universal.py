@@ -29,13 +29,13 @@ _GREY = 128
 class UniversalOptions:
     """corpus: where the pairs of instruction and response stand (`corpus.load_corpus`); base: path of the picture to start
     from, None = mid-grey; size: side of the grey square, None = what the model's image processor asks for; batch: pairs a
-    step; optimizer: "adam" or "sign" (signed gradients, as Qi et al.), both with a step that falls to a tenth."""
+    step; optimizer: "sign" (signed gradients, as Qi et al.) or "adam", both with a step that falls to a tenth."""
 
     corpus: str | None = None
     base: str | None = None
     size: int | None = None
     batch: int = 8
-    optimizer: str = "adam"
+    optimizer: str = "sign"
 
     def __post_init__(self) -> None:
         for name, expected in (("corpus", "a file or a Hugging Face data set"), ("base", "the path of a picture")):
