@@ -253,3 +253,27 @@ def write_task(directory: Path, task: str, count: int, change: Callable[[Rows], 
 def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     features = features_of(rows[0])
     datasets.Dataset.from_list([dict(row) for row in rows], features=features).to_parquet(str(file))
+
+
+def run(
+    directory: Path, tasks: Sequence[str], *, force_simple: bool = False, limit: int | None = None, **model_args: Any
+):
+    """Evaluates tasks written into a directory with the embedded model, as lmms-eval's command line does."""
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    from lmms_smoothguard.tiny.model import MODEL_DIR
+
+    arguments = {"pretrained": MODEL_DIR, "defense": "none", **model_args}
+    return simple_evaluate(
+        model="smoothguard_llava", model_args=",".join(f"{key}={value}" for key, value in arguments.items()),
+        tasks=list(tasks), batch_size=1, bootstrap_iters=0, limit=limit, force_simple=force_simple,
+        task_manager=TaskManager(
+            "ERROR", include_path=[str(directory), str(tasks_path())], include_defaults=False, model_name="smoothguard_llava"
+        ),  # without reading upstream's thousand YAML files
+    )  # fmt: skip
+
+
+def figures_of(results: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """A task's figures by metric, whatever the filter's name."""
+    return {name.partition(",")[0]: value for name, value in results["results"][task].items()}

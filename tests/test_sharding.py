@@ -127,6 +127,8 @@ def same_as_alone(tmp_path, launcher, name="two", extra=()):
     assert "Running on rank 1" in log
     one = alone(tmp_path / "one", "shapes_pope_pgd", 5, arguments(attack_cache=tmp_path / "cache"))
     assert len(one[1]) == 5
+    results = json.loads(next((tmp_path / "out").rglob("*_results.json")).read_text())
+    assert results["smoothguard_attacks"]["shapes_pope_pgd"]["attacked"] == 5  # of both processes
     assert written(tmp_path / "out", "shapes_pope_pgd") == one
     assert len(pictures(tmp_path / "cache")) == 5
     assert pictures(tmp_path / name) == pictures(tmp_path / "cache")

@@ -72,6 +72,10 @@ def test_the_page_shows_the_distribution_that_is_tested():
         assert len([line for line in text.splitlines() if line.strip()]) <= 20
 
 
+def wrong(samples):
+    return sum(str(sample["clean_answer"]).strip() not in str(sample["answer"]) for sample in samples)
+
+
 def test_every_part_works_where_built_in_ones_do(installed):
     found, warnings = run(
         """
@@ -94,7 +98,7 @@ from lmms_smoothguard.harness.lmms_eval.scoring import safety_scores
 found["judged"] = safety_scores({"question": "one two three", "kind": "forbidden"}, "a b c d", judge="short")
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
-for defense in ("defense=blur,width=2.0", "defense=none"):
+for defense in ("defense=blur,width=2.0", "defense=none", "defense=blur,width=2.0,attack_eot=1,attack_decay=0.5"):
     results = simple_evaluate(
         model="smoothguard_llava", model_args=f"pretrained={MODEL_DIR},{defense},attack=momentum,attack_eps=8/255,attack_steps=8",
         tasks=["shapes_pope"], limit=6, batch_size=1, bootstrap_iters=0, task_manager=TaskManager("ERROR", model_name="smoothguard_llava"))
@@ -113,11 +117,13 @@ for defense in ("defense=blur,width=2.0", "defense=none"):
         assert sample["defended"] is True
         assert sample["attack"]["name"] == "momentum"
         assert 0 < sample["attack_linf"] <= 8 / 255 + 1e-6
+        assert sample["attack"]["decay"] == 1.0
+    through = found["defense=blur,width=2.0,attack_eot=1,attack_decay=0.5"]
+    assert all(sample["attack"]["decay"] == 0.5 for sample in through)
+    assert wrong(through) > wrong(found["defense=blur,width=2.0"])  # an attacker who knows the blur goes through it
     undefended = found["defense=none"]
     assert all("defended" not in sample for sample in undefended)
-    assert (
-        sum(str(s["clean_answer"]).strip() not in str(s["answer"]) for s in undefended) >= 4
-    )  # the attack does attack
+    assert wrong(undefended) >= 4  # the attack does attack
 
 
 def test_broken_and_duplicate_distributions_are_warnings_that_name_them(installed, tmp_path):

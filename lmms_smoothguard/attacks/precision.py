@@ -1,7 +1,7 @@
 """Logits in float32 from a model in half precision, for the time of an attack.
 
-A bfloat16 logit of 20 is a multiple of 1/8: losses come in steps, and a margin's gradient at the last layer is one of a few
-values. The last product alone in float32 mends that; everything before it stays the model that is deployed.
+A bfloat16 logit of 20 is a multiple of 1/8, so losses come in steps, and a search that compares them (APGD, Square, restarts)
+sees none where there is one. The last product alone in float32 mends that; everything before it stays the deployed model.
 """
 
 from __future__ import annotations

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from lmms_smoothguard.defenses.request import Defended, Defense, Request, SmoothGuardOutput
+from lmms_smoothguard.noise import Draw, Randomness
 
-__all__ = ["Defended", "Defense", "Request", "SmoothGuardOutput"]
+__all__ = ["Defended", "Defense", "Draw", "Randomness", "Request", "SmoothGuardOutput"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,12 @@ from lmms_eval.api.instance import Instance
 from PIL import Image
 
 from lmms_smoothguard.aggregation.verdict import normalize_answer
-from lmms_smoothguard.errors import AttackError, ConfigError, did_you_mean
+from lmms_smoothguard.errors import AttackError, did_you_mean
 from lmms_smoothguard.harness.lmms_eval import ledger, sharding
 from lmms_smoothguard.harness.lmms_eval.instances import document_of, has_media, images_of, reading
 from lmms_smoothguard.harness.lmms_eval.options import Options, TaskAttack
+
+log = logging.getLogger(__name__)
 
 NO_IMAGE, NO_ANSWER = "no image", "empty clean answer"
 """Why a sample of an attacked run is left as it is, and out of every rate under attack."""
@@ -48,8 +51,8 @@ def plan(wrapper: Any, requests: Sequence[Instance], options: Options) -> tuple[
     """The requests that are attacked, each once, and those of the same tasks that have no image to attack.
 
     A task that asks for its attack itself must have images throughout; one that is attacked because the model's arguments
-    say so may mix samples with and without. Raises AttackError for what cannot be attacked, ConfigError for attack
-    settings without an attack.
+    say so may mix samples with and without. Raises AttackError for what cannot be attacked; warns of attack settings
+    without an attack.
     """
     plans: list[Plan] = []
     bare: list[Instance] = []
@@ -64,7 +67,9 @@ def plan(wrapper: Any, requests: Sequence[Instance], options: Options) -> tuple[
             bare.append(request)
     if options.attack and not plans and not bare:
         given = ", ".join(f"attack_{name}" for name in options.attack)
-        raise ConfigError(f"{given} given, but no task of this run asks for an attack; expected attack=<name> as well")
+        log.warning(
+            "%s given, but no task of this run asks for an attack: nothing is attacked without attack=...", given
+        )
     _refuse_bare_tasks(plans, bare)
     refuse_duplicates(plans)
     return plans, bare

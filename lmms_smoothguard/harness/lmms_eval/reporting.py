@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmms_smoothguard.aggregation.verdict import normalize_answer
-from lmms_smoothguard.errors import AttackError
+from lmms_smoothguard.errors import AttackError, ConfigError, SmoothGuardError, explain
 from lmms_smoothguard.evaluation.metrics import Rate, rate
 from lmms_smoothguard.harness.lmms_eval import sharding
 
@@ -116,12 +116,27 @@ def _title(attack: Mapping[str, Any]) -> str:
 
 
 def install() -> None:
-    """Wraps lmms-eval's `evaluate`, once. Raises AttackError there for an attacked run with a response cache."""
+    """Wraps lmms-eval's `evaluate` and its loading of tasks, once.
+
+    `evaluate` then raises AttackError for an attacked run with a response cache, ConfigError for one without samples.
+    """
     from lmms_eval import evaluator
 
-    evaluate = evaluator.evaluate
+    evaluate, get_task_dict = evaluator.evaluate, evaluator.get_task_dict
     if hasattr(evaluate, _MARK):
         return
+
+    @functools.wraps(get_task_dict)
+    def loaded(tasks: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return get_task_dict(tasks, *args, **kwargs)
+        except Exception as error:  # it names neither the task nor, behind its retries, the reason
+            attempt = getattr(error, "last_attempt", None)
+            reason = explain((attempt.exception() if attempt is not None else None) or error)
+            raise SmoothGuardError(
+                f"lmms-eval cannot load {_names(tasks)} ({reason}); expected a data set that can be reached, with at least "
+                "one sample in the task's split and a first one that can be read"
+            ) from error
 
     @functools.wraps(evaluate)
     def reported(*args: Any, **kwargs: Any) -> Any:
@@ -130,6 +145,8 @@ def install() -> None:
         if model is None or outcomes is None:
             return evaluate(*args, **kwargs)
         outcomes.clear()
+        if kwargs.get("limit") == 0:
+            raise ConfigError("limit is 0, so there is no sample to answer; expected 1 or more, or no limit")
         if kwargs.get("response_cache") is not None:
             _refuse_cached_answers(model, kwargs.get("task_dict", {}))
         results = evaluate(*args, **kwargs)
@@ -137,7 +154,12 @@ def install() -> None:
         return results
 
     setattr(reported, _MARK, True)
-    evaluator.evaluate = reported
+    evaluator.evaluate, evaluator.get_task_dict = reported, loaded
+
+
+def _names(tasks: Any) -> str:
+    listed = [tasks] if isinstance(tasks, str) else list(tasks or [])
+    return ", ".join(str(task.get("task", "?")) if isinstance(task, Mapping) else str(task) for task in listed)
 
 
 def add(results: dict[str, Any] | None, outcomes: Outcomes) -> None:
