@@ -194,7 +194,9 @@ def test_it_moves_features_further_than_noise_of_the_same_size(threat, craft, im
         assert np.abs(entry.images[0].astype(int) - np.asarray(images[1])).max() <= 8
         objective = Feature(settings(**fields, crop_low=1.0)).objective(threat(slots(images[1])))
         with torch.no_grad():
-            gains = [float(objective(slots(picture)) - objective(slots(images[1]))) for picture in (entry.images[0], random)]
+            gains = [
+                float(objective(slots(picture)) - objective(slots(images[1]))) for picture in (entry.images[0], random)
+            ]
         assert gains[0] > 0.01 + 1.5 * max(0.0, gains[1]), (fields, gains)
 
 

@@ -158,7 +158,9 @@ def test_a_patch_turns_answers_through_the_ordinary_path(trained, scenes, images
         change = (entry.images[0] != np.asarray(job.images[0])).any(-1)
         assert 0 < change.sum() <= 20 * 20
         assert box(torch.from_numpy(change))[:2] == (22, 22)
-        pixels = processor.image_processor(images=[Image.fromarray(entry.images[0])], return_tensors="pt")["pixel_values"]
+        pixels = processor.image_processor(images=[Image.fromarray(entry.images[0])], return_tensors="pt")[
+            "pixel_values"
+        ]
         out = model.generate(**{**job.inputs, "pixel_values": pixels}, max_new_tokens=4)
         fooled += processor.decode(out[0, job.inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip() == "No"
     assert fooled >= 4

@@ -142,28 +142,20 @@ def _summed(parts: Sequence[Objective], pictures: Pictures, *, first: bool) -> t
 
 
 class Minibatches:
-    """Draws of `count` members of groups that can share a forward pass, seeded.
+    """Draws of `count` different members, seeded and uniform, split into those that can share a forward pass.
 
-    A group is drawn in proportion to its size and gives as many different members as are still wanted, until `count` are
-    there: so every member is as likely as any other, and large groups fill a batch alone.
+    groups: members by whatever their shapes have in common.
     """
 
     def __init__(self, groups: Mapping[Any, Sequence[int]], count: int, seed: int) -> None:
-        self._groups = list(groups.values())
+        self._group_of = {member: place for place, group in enumerate(groups.values()) for member in group}
         self._count, self._random = count, np.random.default_rng(seed)
-        sizes = np.array([len(group) for group in self._groups])
-        self._shares = sizes / sizes.sum()
 
     def draw(self) -> list[list[int]]:
-        """Members, group by group; one group may come twice."""
+        """Members, group by group."""
         drawn: dict[int, list[int]] = defaultdict(list)
-        wanted = self._count
-        while wanted:
-            place = int(self._random.choice(len(self._groups), p=self._shares))
-            group = self._groups[place]
-            taken = self._random.choice(len(group), size=min(wanted, len(group)), replace=False)
-            drawn[place] += [group[index] for index in taken]
-            wanted -= len(taken)
+        for member in self._random.choice(sorted(self._group_of), size=self._count, replace=False).tolist():
+            drawn[self._group_of[member]].append(member)
         return list(drawn.values())
 
 
