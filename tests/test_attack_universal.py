@@ -164,9 +164,9 @@ def test_bad_corpora(tmp_path, name, text, message):
 
 
 def test_what_is_not_there():
-    with pytest.raises(AttackError, match="'nowhere.csv', and there is no such file"):
+    with pytest.raises(AttackError, match=r"'nowhere\.csv', and there is no such file"):
         load_corpus("nowhere.csv")
-    with pytest.raises(AttackError, match="neither a file .* nor a Hugging Face data set"):
+    with pytest.raises(AttackError, match=r"neither a file .* nor a Hugging Face data set"):
         load_corpus("nobody/nothing:test")
 
 
