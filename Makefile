@@ -3,7 +3,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-EXTRAS := lmms-eval,embedders,report,training,dev
+EXTRAS := lmms-eval,embedders,report,training,attack,dev
 
 .PHONY: demo test test-slow lint results bench testsets clean
 
@@ -26,6 +26,8 @@ lint: $(INSTALLED)
 results: $(INSTALLED)
 	$(BIN)/smoothguard results
 	test -e benchmarks/results/precision.json || $(BIN)/python benchmarks/precision.py
+	$(BIN)/smoothguard sweep --preset readme --out benchmarks/results --cache runs/results/cache
+	$(BIN)/python benchmarks/sweep_pages.py
 	$(BIN)/python benchmarks/readme_tables.py
 
 # What a defended answer costs on this machine, about ten minutes on two cores; leave the machine alone meanwhile.

@@ -25,7 +25,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 import typer
 
-from lmms_smoothguard.report.experiments import environment
+from lmms_smoothguard.evaluation.machine import environment
 from timing import memory, parts, streaming, subjects, variants
 from timing.paired import Interval, Rounds, median, ratio, run_paired
 from timing.table import markdown

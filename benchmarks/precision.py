@@ -14,8 +14,9 @@ import datasets
 import torch
 
 import hf_integration
-from lmms_smoothguard.evaluation.metrics import mean, rate
-from lmms_smoothguard.report.experiments import environment
+from lmms_smoothguard.evaluation.machine import environment
+from lmms_smoothguard.evaluation.means import mean
+from lmms_smoothguard.evaluation.rates import rate
 from lmms_smoothguard.tiny.model import MODEL_DIR, prompt
 
 ROOT = Path(__file__).parent.parent
@@ -58,10 +59,10 @@ def main() -> None:
         rows = list(datasets.load_dataset("parquet", data_files={"t": path}, split="t").select(range(COUNT)))
         full, half = (answers(model, processor, rows) for model in models)
         figures[name] = {
-            "plain": rate(a[0] != b[0] for a, b in zip(full, half, strict=True)).to_dict(),
+            "plain": rate(a[0] != b[0] for a, b in zip(full, half, strict=True)).figure().to_dict(),
             # Copies of one question depend on each other, so a question's share of flipped copies is what counts.
-            "copies": mean([_share_flipped(a[1], b[1]) for a, b in zip(full, half, strict=True)]).to_dict(),
-            "defended": rate(a[2] != b[2] for a, b in zip(full, half, strict=True)).to_dict(),
+            "copies": mean([_share_flipped(a[1], b[1]) for a, b in zip(full, half, strict=True)]).figure().to_dict(),
+            "defended": rate(a[2] != b[2] for a, b in zip(full, half, strict=True)).figure().to_dict(),
         }
     result = {
         "command": "python benchmarks/precision.py",

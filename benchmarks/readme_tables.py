@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lmms_smoothguard.evaluation.records import Record, read_record
 from lmms_smoothguard.report.demo import DEMO, REST
 from lmms_smoothguard.report.experiments import ATTACKED
 from lmms_smoothguard.report.tables import markdown_table
@@ -30,26 +31,31 @@ GROUPS = {
 
 
 def stored(name: str) -> dict[str, Any]:
-    """A committed result."""
+    """A committed measurement of costs or precision."""
     found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
     return found
+
+
+def record(name: str) -> Record:
+    """A committed run's record."""
+    return read_record(RESULTS / f"{name}.json")
 
 
 def filled(text: str) -> str:
     """The README with every `<!-- table NAME -->` block made anew."""
     for group, names in GROUPS.items():
-        text = _with_block(text, group, markdown_table([stored(name) for name in names]))
-    text = _with_block(text, "clusters", _clusters([stored(e.name) for e in (*DEMO, *REST)]))
+        text = _with_block(text, group, markdown_table([record(name) for name in names]))
+    text = _with_block(text, "clusters", _clusters([record(e.name) for e in (*DEMO, *REST)]))
     text = _with_block(text, "precision", _precision(stored("precision")["flips"]))
     measured = [name for name in ("bench", "bench_cuda") if (RESULTS / f"{name}.json").exists()]
     text = _with_block(text, "bench", costs(*map(stored, measured)))
     return _with_block(text, "parts", parts_markdown(*map(stored, measured)))
 
 
-def _clusters(results: list[dict[str, Any]]) -> str:
+def _clusters(results: list[Record]) -> str:
     """How far off the intervals are because questions about one scene depend on each other."""
-    rates = [result["figures"][ATTACKED]["asr"] for result in results if ATTACKED in result["figures"]]
-    effects = [rate["design_effect"] for rate in rates if rate["design_effect"] is not None]
+    rates = [result.tasks[ATTACKED].figures["asr"] for result in results if ATTACKED in result.tasks]
+    effects = [rate.design_effect for rate in rates if rate.design_effect is not None]
     return (
         "Wilson's interval takes questions as independent, but three share a scene here (captions have one each). Counted by\n"
         f"scene, ASR's variance is {min(effects):.2f} to {max(effects):.2f} times what that assumes (`design_effect` in each file): "

@@ -22,7 +22,12 @@ def smoothguard_attacks() -> dict[str, str]:
 
 @hookimpl
 def smoothguard_judges() -> dict[str, str]:
-    return {"refusal": "lmms_smoothguard.judges.refusal:RefusalJudge"}
+    home = "lmms_smoothguard.judges"
+    return {
+        "refusal": f"{home}.refusal:RefusalJudge",
+        "guard": f"{home}.guard:GuardJudge",
+        "llm": f"{home}.llm:LLMJudge",
+    }
 
 
 @hookimpl

@@ -28,7 +28,10 @@ class Specs:
 
     @hookspec
     def smoothguard_judges(self) -> Mapping[str, str]:  # type: ignore[empty-body]
-        """Factories `() -> judge`, a judge having `judge(question: str, answer: str) -> Judgement`."""
+        """Factories `(argument: str) -> judge`, a judge having `judge(question: str, answer: str) -> Judgement`.
+
+        `argument` is what follows the name and a slash, "" if nothing does. See `lmms_smoothguard.judges` for batches.
+        """
 
     @hookspec
     def smoothguard_embedders(self) -> Mapping[str, str]:  # type: ignore[empty-body]

@@ -8,6 +8,7 @@ import json
 import numpy as np
 from PIL import Image
 
+from lmms_smoothguard.aggregation.verdict import normalize_answer
 from lmms_smoothguard.attacks.cache import AttackCache
 from lmms_smoothguard.report.documents import documents
 
@@ -15,6 +16,15 @@ ATTACK = {
     "name": "pgd", "norm": "linf", "eps": 4 / 255, "steps": 40, "step_size": None, "loss": "margin", "target": None,
     "eot": 0, "random_start": True, "seed": 0,
 }  # fmt: skip
+
+CONFIGS = {
+    task: {
+        "dataset_path": "parquet",
+        "dataset_kwargs": {"data_files": {"test": "/elsewhere/tasks/shapes/data/pope.parquet"}},
+        "test_split": "test",
+    }
+    for task in ("shapes_pope", "shapes_pope_pgd")
+}
 
 
 def answers_of(number, target):
@@ -65,13 +75,17 @@ def write_runs(directory, count=12, answers=answers_of, warnings=(), num_samples
                 "filtered_resps": answer,
                 "token_counts": [info],
                 "input": document["question"],
-                "asr": {"question_id": document["question_id"]},
+                "asr": {
+                    "question_id": document["question_id"],
+                    "right": normalize_answer(answer) == document["answer"],
+                    "clean_right": True,
+                },
             }
             for place, (document, answer, info) in enumerate(samples)
         ]
         (folder / f"1_samples_{task}.jsonl").write_text("\n".join(map(json.dumps, lines)))
         settings = "defense=none" if run == "plain" else f"sigma=0.2,noise_space=pixel,num_samples={num_samples},seed=3"
-        results = {"config": {"model_args": f"pretrained=somewhere,{settings}"}}
+        results = {"config": {"model_args": f"pretrained=somewhere,{settings}"}, "configs": CONFIGS}
         (folder / "1_results.json").write_text(json.dumps(results))
     return directory
 

@@ -10,7 +10,7 @@ import scipy.special
 import scipy.stats
 from scipy.stats import norm
 
-from lmms_smoothguard.evaluation.metrics import detection, detection_auroc, roc_points
+from lmms_smoothguard.evaluation.detection import detection, detection_auroc, roc_points
 
 # Hanley & McNeil (1982), table 2: 58 normal and 51 abnormal CT images in five rating categories.
 NORMAL, ABNORMAL = (33, 6, 6, 11, 2), (3, 2, 2, 11, 33)

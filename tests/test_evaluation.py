@@ -7,15 +7,18 @@ import numpy as np
 import pytest
 
 from lmms_smoothguard.errors import SmoothGuardError
-from lmms_smoothguard.evaluation.metrics import (
+from lmms_smoothguard.evaluation.clusters import design_effect
+from lmms_smoothguard.evaluation.detection import detection_auroc
+from lmms_smoothguard.evaluation.means import mean
+from lmms_smoothguard.evaluation.rates import (
     attack_success_rate,
-    design_effect,
-    detection_auroc,
-    mean,
+    over_refusal,
     rate,
     recovery,
+    robust_accuracy,
     target_rate,
     unsafe_rate,
+    wilson,
 )
 from lmms_smoothguard.evaluation.runs import load_samples
 from lmms_smoothguard.judges.refusal import RefusalJudge
@@ -32,6 +35,7 @@ def test_wilson_interval(hits, count, low, high):
     found = rate([True] * hits + [False] * (count - hits))
     assert found.interval == pytest.approx((centre - half, centre + half), abs=1e-9)
     assert found.interval == pytest.approx((low, high), abs=2e-4)
+    assert wilson(p, count) == pytest.approx(found.interval, abs=1e-12)
 
 
 def test_asr_counts_only_what_was_right_when_clean():
@@ -42,6 +46,7 @@ def test_asr_counts_only_what_was_right_when_clean():
 def test_no_samples_is_no_rate():
     assert math.isnan(rate([]).value)
     assert all(math.isnan(end) for end in rate([]).interval)
+    assert (rate([]).figure().value, rate([]).figure().low, rate([]).figure().count) == (None, None, 0)
 
 
 def test_the_other_rates():
@@ -50,6 +55,10 @@ def test_the_other_rates():
     assert recovery(["Yes.", "No"], ["yes", "Yes"]).hits == 1
     assert detection_auroc([0.0, 0.1], [0.9, 1.0]) == 1
     assert math.isnan(detection_auroc([], [1.0]))
+    # Right in the end but wrong when clean is not robust.
+    assert robust_accuracy([True, False, True], [True, True, False]).hits == 1
+    found = over_refusal([True, True, False, False], [False, True, True, True])
+    assert (found.hits, found.count) == (1, 3)
 
 
 def test_a_mean_has_students_interval():
@@ -57,7 +66,7 @@ def test_a_mean_has_students_interval():
     found = mean([1.0, 1.0, 1.0 + 12**0.5, 1.0 + 12**0.5])
     assert found.value == pytest.approx(1 + 3**0.5)
     assert (found.low, found.high) == pytest.approx((found.value - 3.1824, found.value + 3.1824), abs=1e-3)
-    assert mean([0.5]).to_dict() == {"value": 0.5, "low": None, "high": None, "count": 1}
+    assert (mean([0.5]).value, mean([0.5]).low, mean([0.5]).high, mean([0.5]).count) == (0.5, None, None, 1)
     with pytest.raises(ValueError, match="no values"):
         mean([])
 
@@ -79,7 +88,7 @@ def test_the_design_effect_of_groups_that_agree_is_their_size_and_of_none_is_one
 
 def test_a_safety_tasks_rates_tell_forbidden_from_permitted_requests():
     pytest.importorskip("lmms_eval")
-    from lmms_smoothguard.harness.lmms_eval import scoring
+    from lmms_smoothguard.harness.lmms_eval import safety
 
     answered = [
         ("forbidden", True),
@@ -88,10 +97,14 @@ def test_a_safety_tasks_rates_tell_forbidden_from_permitted_requests():
         ("permitted", True),
         *[("permitted", False)] * 4,
     ]
-    outcomes = [{"kind": kind, "refused": refused} for kind, refused in answered]
-    assert scoring.forbidden_refused(outcomes) == pytest.approx(1 / 3)
-    assert scoring.permitted_refused(outcomes) == pytest.approx(1 / 5)
-    assert scoring.unsafe_rate(outcomes) == pytest.approx(2 / 8)
+    outcomes = []
+    for kind, refused in answered:
+        answer = "I cannot help with that." if refused else "Sure."
+        scores = safety.safety_scores({"kind": kind, "question": "How?"}, answer, judge="refusal")
+        outcomes.append(scores["unsafe_rate"])
+    assert safety.forbidden_refused(outcomes) == pytest.approx(1 / 3)
+    assert safety.permitted_refused(outcomes) == pytest.approx(1 / 5)
+    assert safety.unsafe_rate(outcomes) == pytest.approx(2 / 8)
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,8 @@ def test_9_packed_patches_are_attacked_within_a_budget_in_pixels(name, images, t
 def test_10_a_judge_sees_the_question_and_is_asked_once(monkeypatch):
     """There, it sees the answer alone, and is asked again without end."""
     from lmms_smoothguard import plugins
-    from lmms_smoothguard.harness.lmms_eval.scoring import safety_scores
+    from lmms_smoothguard.harness.lmms_eval import judging
+    from lmms_smoothguard.harness.lmms_eval.safety import safety_scores
     from lmms_smoothguard.judges import Judgement
 
     seen = []
@@ -206,11 +207,13 @@ def test_10_a_judge_sees_the_question_and_is_asked_once(monkeypatch):
             seen.append((question, answer))
             if answer == "?":
                 raise ValueError("no verdict")
-            return Judgement(True, "")
+            return Judgement("safe")
 
-    monkeypatch.setattr(plugins, "load", lambda kind, name, manager=None: Judge)
+    monkeypatch.setattr(plugins, "load", lambda kind, name, manager=None: lambda argument: Judge())
+    monkeypatch.setattr(judging, "_loaded", {})
+    monkeypatch.setattr(judging, "_said", {})
     doc = {"question": "May I?", "kind": "forbidden"}
-    assert safety_scores(doc, "No.")["unsafe_rate"]["refused"] is True
+    assert safety_scores(doc, "No.")["unsafe_rate"]["verdict"] == "safe"
     with pytest.raises(ValueError, match="no verdict"):
         safety_scores(doc, "?")
     assert seen == [("May I?", "No."), ("May I?", "?")]

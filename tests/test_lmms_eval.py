@@ -20,6 +20,8 @@ from lmms_smoothguard.tiny.model import MODEL_DIR
 
 ROOT = Path(__file__).parent.parent
 TASKS = {"shapes_pope", "shapes_pope_faint", "shapes_caption", "shapes_safety", "shapes_pope_pgd", "shapes_caption_pgd"}
+TASKS |= {"shapes_safety_pgd", "shapes_safety_universal", "mm_safety_text", "mm_safety_text_universal"}
+TASKS |= {f"mm_safety_{kind}{attack}" for kind in ("sd", "typo", "sd_typo") for attack in ("", "_pgd")}
 POPE_TASKS = {"pope_pgd", "pope_pgd_popular", "pope_pgd_random"}
 
 

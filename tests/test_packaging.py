@@ -86,7 +86,8 @@ def test_a_wheel_in_an_empty_environment_works_as_the_checkout_does(tmp_path, tr
     wheel = next(tmp_path.glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
     for wanted in ("lmms_smoothguard/tasks/shapes/data/pope.parquet", "lmms_smoothguard/tasks/shapes/_pope_template",
-                   "lmms_smoothguard/tiny/llava/model.safetensors", "lmms_smoothguard/report/page.html.j2", "hf_integration/override.py"):  # fmt: skip
+                   "lmms_smoothguard/tiny/llava/model.safetensors", "lmms_smoothguard/tiny/guard/model.safetensors",
+                   "lmms_smoothguard/tasks/mm_safety/scenarios.jsonl", "lmms_smoothguard/tasks/mm_safety/_mm_safety_template", "lmms_smoothguard/report/page.html.j2", "hf_integration/override.py"):  # fmt: skip
         assert wanted in names
     assert not [name for name in names if name.startswith(("tests/", "tasks/", "benchmarks/"))]
     environment = tmp_path / "venv"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import os
@@ -18,6 +19,9 @@ from handmade_runs import HOSTILE, HOSTILE_IMAGE, hostile_answers, write_runs
 from PIL import Image
 
 from lmms_smoothguard.errors import SmoothGuardError
+from lmms_smoothguard.evaluation.detection import detection
+from lmms_smoothguard.evaluation.rates import rate
+from lmms_smoothguard.evaluation.records import write_run
 from lmms_smoothguard.evaluation.runs import Sample, load_samples
 from lmms_smoothguard.report import documents as documents_module
 from lmms_smoothguard.report.demo import DEMO, run_report
@@ -60,14 +64,15 @@ def read(directory):
 
 def test_the_page_has_the_terminals_table_and_the_logs_numbers(tmp_path):
     page = read(write_runs(tmp_path))
-    rows = [summarize(experiment, tmp_path / experiment.name) for experiment in DEMO]
-    assert page.cells == [*HEADINGS, *(cell for row in table_rows(rows) for cell in row)]
-    found = rows[1]["figures"]["shapes_pope_pgd"]["detection"]
+    asked = [dataclasses.replace(experiment, limit=12) for experiment in DEMO]
+    records = [summarize(one, tmp_path / one.name, tmp_path / "cache").record for one in asked]
+    assert page.cells == [*HEADINGS, *(cell for row in table_rows(records) for cell in row)]
+    found = records[1].tasks["shapes_pope_pgd"].figures["detection_auroc"]
     # 12 clean samples with suspicion 0; of 12 attacked ones the lost 1, 6 and 11 have it too, the other 9 have 1.
-    assert found["auroc"] == pytest.approx(9 / 12 + 0.5 * 3 / 12)
-    assert found["groups"] == 4  # three questions a scene
-    assert f"{found['auroc']:.3f}" in page.text
-    assert f"{found['low']:.3f}–{found['high']:.3f}" in page.text
+    assert found.value == pytest.approx(9 / 12 + 0.5 * 3 / 12)
+    assert found.groups == 4  # three questions a scene
+    assert f"{found.value:.3f}" in page.text
+    assert f"{found.low:.3f}–{found.high:.3f}" in page.text
 
 
 def test_the_pictures_are_those_of_the_run(tmp_path):
@@ -100,7 +105,9 @@ def test_text_of_strangers_stays_text(tmp_path, monkeypatch):
         lines = [json.loads(line) | {"input": HOSTILE_IMAGE} for line in log.read_text().splitlines()]
         log.write_text("\n".join(map(json.dumps, lines)))
     monkeypatch.setattr(documents_module, "documents", lambda *_: MappingProxyType(stored))
-    (tmp_path / "demo.json").write_text(json.dumps({"environment": {HOSTILE: HOSTILE_IMAGE}, "rows": []}))
+    for experiment in DEMO:
+        run = summarize(experiment, tmp_path / experiment.name, tmp_path / "cache", {HOSTILE: HOSTILE_IMAGE})
+        write_run(tmp_path, *run)
     page = read(tmp_path)
     assert not page.of("script")
     assert all(attributes["src"].startswith("data:image/png;base64,") for attributes in page.of("img"))
@@ -234,11 +241,15 @@ def test_a_perfect_detectors_curve_goes_through_the_upper_left_corner():
     """SVG counts y downwards: nothing found is below, everything found is above."""
     from lmms_smoothguard.report.charts import PLOT, roc_chart
 
+    clean, attacked = [0.0, 0.1], [0.8, 0.9]
     figures = {
-        "shapes_pope": {"suspected": {"value": 0.0}},
-        "shapes_pope_pgd": {"suspected": {"value": 1.0}, "detection": {"auroc": 1.0}},
+        "shapes_pope": {"suspected": rate([False, False]).figure()},
+        "shapes_pope_pgd": {
+            "suspected": rate([True, True]).figure(),
+            "detection_auroc": detection(clean, attacked).figure(),
+        },
     }
-    chart = roc_chart([0.0, 0.1], [0.8, 0.9], figures)
+    chart = roc_chart(clean, attacked, figures)
     places = [(point["x"], point["y"]) for point in chart["points"]]
     assert (places[0], places[-1]) == ((0, PLOT), (PLOT, 0))
     assert (0, 0) in places

@@ -94,8 +94,9 @@ model.generation_config.smoothguard = None
 wild = {"sigma": 0.8, "noise_space": "pixel", "embedder": "words"}
 out = model.generate(**inputs, max_new_tokens=12, smoothguard=wild, return_dict_in_generate=True)
 found["distinct"] = len(set(out.smoothguard[0].texts)); found["labels"] = max(out.smoothguard[0].labels)
-from lmms_smoothguard.harness.lmms_eval.scoring import safety_scores
-found["judged"] = safety_scores({"question": "one two three", "kind": "forbidden"}, "a b c d", judge="short")
+from lmms_smoothguard.harness.lmms_eval.safety import safety_scores
+asked = {"question": "one two three", "kind": "forbidden"}
+found["judged"] = [safety_scores(asked, "a b c d", judge=judge)["unsafe_rate"] for judge in ("short", "short/4", "refusal+short/3")]
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 for defense in ("defense=blur,width=2.0", "defense=none", "defense=blur,width=2.0,attack_eot=1,attack_decay=0.5"):
@@ -112,7 +113,9 @@ for defense in ("defense=blur,width=2.0", "defense=none", "defense=blur,width=2.
     assert "did you mean 'width'" in found["typo"]
     assert found["distinct"] > 2  # so that the embedder was asked
     assert found["labels"] == 1
-    assert found["judged"]["unsafe_rate"] == {"kind": "forbidden", "refused": False}
+    assert [judged["verdict"] for judged in found["judged"]] == ["unsafe", "safe", "unsafe"]
+    assert found["judged"][2]["verdicts"]["short/3"]["reason"] == "4 words to a question of 3"
+    assert "smoothguard-example" in found["judged"][0]["judges"]["short"]  # whose code, for want of a version
     for sample in found["defense=blur,width=2.0"]:
         assert sample["defended"] is True
         assert sample["attack"]["name"] == "momentum"

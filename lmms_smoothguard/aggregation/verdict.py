@@ -41,11 +41,13 @@ def aggregate(
     aggregator: str = "kmeans",
     *,
     clean_first: bool = True,
+    majority_first: bool = True,
 ) -> Verdict:
     """The verdict over the copies' answers, copy 0 the clean one if `clean_first`.
 
     Before any aggregator: an answer that more than half of the copies share wins outright, so that stopping there is
-    exact; of two distinct answers the more frequent wins. `embed` makes the embedder and is called only when needed.
+    exact (`majority_first` False asks the aggregator all the same, as published); of two distinct answers the more
+    frequent wins. `embed` makes the embedder and is called only when needed.
     Raises ValueError without answers, ConfigError for an unknown aggregator.
     """
     if not answers:
@@ -63,7 +65,7 @@ def aggregate(
         vectors=functools.cache(lambda: np.asarray(embed()(distinct), dtype=float)),
     )
     separate = np.arange(len(distinct))
-    if 2 * points.weights.max() > len(answers) or len(distinct) <= 2:
+    if (majority_first and 2 * points.weights.max() > len(answers)) or len(distinct) <= 2:
         clusters = Clusters(separate, heaviest_group(points, separate))
     else:
         with plugins.blame("aggregators", aggregator):

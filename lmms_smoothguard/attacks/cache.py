@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from lmms_smoothguard.errors import AttackError
+from lmms_smoothguard.files import replace_file
 
 log = logging.getLogger(__name__)
 
@@ -119,14 +120,9 @@ class AttackCache:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, scratch = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        os.replace(scratch, path)
+        replace_file(path, data)
     except OSError as error:
-        Path(scratch).unlink(missing_ok=True)
         raise AttackError(
             f"the attack cache cannot write {path}: {error.strerror}; free space or give attack_cache=..."
         ) from error

@@ -25,7 +25,7 @@ from PIL import Image
 from lmms_smoothguard import plugins
 from lmms_smoothguard.attacks.base import Attack
 from lmms_smoothguard.attacks.cache import FORMAT, AttackCache, Entry, content_key
-from lmms_smoothguard.attacks.objective import PIXELS, Perturb, Threat, answer_ids
+from lmms_smoothguard.attacks.objective import PIXELS, Perturb, Threat
 from lmms_smoothguard.attacks.pictures import Pictures, distances
 from lmms_smoothguard.attacks.precision import exact_logits
 from lmms_smoothguard.attacks.rendering import EXACT_ENOUGH, Renderer
@@ -234,17 +234,6 @@ def settings_parts(settings: AttackSettings) -> dict[str, Any]:
         content = attack.content(settings)
     fields = {name: value for name, value in settings.to_dict().items() if name not in content}
     return {"settings": fields, **{f"content of {name}": value for name, value in content.items()}}
-
-
-def reference_answer(
-    tokenizer: Any, inputs: Mapping[str, Any], clean_ids: Sequence[int], text: str | None
-) -> list[int]:
-    """The token ids an untargeted attack leads away from: the model's own clean answer, or `text` in its tokens."""
-    if text is None:
-        if not clean_ids:
-            raise AttackError("the clean answer is empty; expected words to lead the model away from, or a target")
-        return list(clean_ids)
-    return answer_ids(tokenizer, inputs["input_ids"][0].tolist(), text)
 
 
 def model_fingerprint(model: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,17 +10,15 @@ import torch
 from lmms_smoothguard.aggregation.embedders import EmbedderContext, load_embedder
 from lmms_smoothguard.aggregation.verdict import aggregate, normalize_answer
 from lmms_smoothguard.config import SmoothGuardConfig
+from lmms_smoothguard.defenses.copies import answer_batch, noise_source
 from lmms_smoothguard.defenses.replies import Replies
 from lmms_smoothguard.defenses.request import Defended, Defense, Request, SmoothGuardOutput
 from lmms_smoothguard.defenses.stopping import Decides, fewest_more, stop_rule, stopping_point
 from lmms_smoothguard.defenses.streams import FirstRows, RowStreams, row_streams
 from lmms_smoothguard.errors import UndefendableError
 from lmms_smoothguard.inputs.media import Images
-from lmms_smoothguard.inputs.statistics import pixel_statistics
 from lmms_smoothguard.inputs.tiling import tile
 from lmms_smoothguard.noise import NOISE, NoiseSource
-
-log = logging.getLogger(__name__)
 
 
 def defend(request: Request, config: SmoothGuardConfig) -> Defended | None:
@@ -62,23 +59,13 @@ def _by_answer(
     request: Request, config: SmoothGuardConfig, images: Images, rows: int
 ) -> tuple[Replies, list[SmoothGuardOutput]]:
     """Runs copies, in as few batches as memory and early stopping allow, until every row is settled."""
-    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-
-    noise = _noise(request, config, images)
-    arguments = {key: value for key, value in request.arguments.items() if key != "streamer"}
+    noise = noise_source(request, config, images)
     replies, decides = Replies(request, rows), stop_rule(config.early_stop)
     largest = config.max_copies_per_batch or config.num_samples
     while wanted := _next_copies(replies, config.num_samples, decides):
         numbers = range(replies.copies, replies.copies + min(wanted, largest))
-        try:
-            copies = [_copy(noise, images, number, config) for number in numbers]
-            replies.add(request.generate(**tile(arguments, copies, images.key)), len(numbers))
-        except RuntimeError as error:
-            if len(numbers) == 1 or not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
-                raise
+        if not answer_batch(request, replies, images, lambda number: _copy(noise, images, number, config), numbers):
             largest = len(numbers) // 2
-            log.warning("out of memory with %d copies in a batch; going on with %d", len(numbers), largest)
-            clear_device_cache(garbage_collection=True)
     verdicts = []
     for row in range(rows):
         settled = stopping_point(_keys(replies, row), config.num_samples, decides)
@@ -103,13 +90,6 @@ def _next_copies(replies: Replies, total: int, decides: Decides) -> int:
 def _keys(replies: Replies, row: int) -> list[str]:
     """The answers of a row as aggregation compares them."""
     return [normalize_answer(text) for text in replies.comparable(row)]
-
-
-def _noise(request: Request, config: SmoothGuardConfig, images: Images) -> NoiseSource:
-    statistics = None
-    if config.noise_space == "pixel":
-        statistics = pixel_statistics(request.model, request.image_processor)
-    return NoiseSource(images, sigma=config.sigma, statistics=statistics, seed=config.seed)
 
 
 def _copy(noise: NoiseSource, images: Images, number: int, config: SmoothGuardConfig) -> torch.Tensor:
@@ -153,7 +133,7 @@ def _by_token(
     """All copies in lock-step, one sequence a row; `streams` get its tokens as they arise."""
     from lmms_smoothguard.defenses.consensus import SmoothGuardLogitsProcessor
 
-    noise = _noise(request, config, images)
+    noise = noise_source(request, config, images)
     agreeing = SmoothGuardLogitsProcessor(config.num_samples, include_clean=config.include_clean)
     arguments = dict(request.arguments)
     arguments["logits_processor"] = [*(arguments.get("logits_processor") or []), agreeing]

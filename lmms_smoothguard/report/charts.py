@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lmms_smoothguard.evaluation.metrics import roc_points
+from lmms_smoothguard.evaluation.detection import roc_points
+from lmms_smoothguard.evaluation.figures import Figure
 from lmms_smoothguard.report.experiments import ATTACKED, CLEAN
 
 PLOT = 280.0
@@ -14,33 +15,40 @@ PLOT = 280.0
 _BAR, _BARS_HIGH, _BINS_WIDE = 340.0, 258.0, 300.0
 
 
-def percent(value: Mapping[str, float]) -> dict[str, str]:
-    """`92.4 %` and its interval `89.4-94.6 %`."""
+def percent(rate: Figure) -> dict[str, str]:
+    """`92.4 %` and its interval `89.4-94.6 %`. Raises ValueError for a rate of nothing."""
+    value, low, high = _ends(rate)
     return {
-        "value": f"{100 * value['value']:.1f} %",
-        "interval": f"{100 * value['low']:.1f}\u2013{100 * value['high']:.1f} %",
-        "hits": f"{value['hits']:.0f} of {value['count']:.0f}",
+        "value": f"{100 * value:.1f} %",
+        "interval": f"{100 * low:.1f}\u2013{100 * high:.1f} %",
+        "hits": f"{rate.hits} of {rate.count}",
     }
 
 
-def rates_chart(rates: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+def rates_chart(rates: Mapping[str, Figure]) -> list[dict[str, Any]]:
     """One bar a rate, with its interval as a whisker; x in units of the chart."""
-    return [
-        {
-            "name": name,
-            **percent(rate),
-            "width": _BAR * rate["value"],
-            "low": _BAR * rate["low"],
-            "high": _BAR * rate["high"],
-        }
-        for name, rate in rates.items()
-    ]
+    bars = []
+    for name, rate in rates.items():
+        value, low, high = (_BAR * end for end in _ends(rate))
+        bars.append({"name": name, **percent(rate), "width": value, "low": low, "high": high})
+    return bars
 
 
-def roc_chart(clean: Sequence[float], attacked: Sequence[float], figures: Mapping[str, Any]) -> dict[str, Any]:
-    """The curve of suspicion, its corners, and the point at which `suspected` stands. `figures`: the defended run's."""
+def _ends(rate: Figure) -> tuple[float, float, float]:
+    if rate.value is None or rate.low is None or rate.high is None:
+        raise ValueError(f"{rate} has no value or no interval; expected a rate of at least one sample")
+    return rate.value, rate.low, rate.high
+
+
+def roc_chart(
+    clean: Sequence[float], attacked: Sequence[float], figures: Mapping[str, Mapping[str, Figure]]
+) -> dict[str, Any]:
+    """The curve of suspicion, its corners, and the point at which `suspected` stands. `figures`: the defended run's, by
+    task and name."""
     points = [{"threshold": h, "false": f, "true": t, **_place(f, t)} for h, f, t in roc_points(clean, attacked)]
-    false, true = (figures[task]["suspected"]["value"] for task in (CLEAN, ATTACKED))
+    false, true = (_ends(figures[task]["suspected"])[0] for task in (CLEAN, ATTACKED))
+    found = figures[ATTACKED]["detection_auroc"]
+    auroc, low, high = _ends(found)
     return {
         "points": points,
         "line": " ".join(f"{point['x']:.1f},{point['y']:.1f}" for point in points),
@@ -52,7 +60,13 @@ def roc_chart(clean: Sequence[float], attacked: Sequence[float], figures: Mappin
         },
         "size": PLOT,
         "ticks": [{"label": f"{20 * n}", "x": PLOT * n / 5, "y": PLOT * (1 - n / 5)} for n in range(6)],
-        **figures[ATTACKED]["detection"],
+        "auroc": auroc,
+        "low": low,
+        "high": high,
+        "clean": len(clean),
+        "attacked": len(attacked),
+        "groups": found.groups,
+        "method": found.method,
     }
 
 

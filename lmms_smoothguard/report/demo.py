@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lmms_smoothguard.errors import SmoothGuardError
+from lmms_smoothguard.evaluation.records import Run, read_record, write_run
 from lmms_smoothguard.evaluation.runs import load_samples
-from lmms_smoothguard.report.experiments import ATTACKED, Experiment, environment, run, summarize
+from lmms_smoothguard.report.experiments import ATTACKED, Experiment, run, summarize
 from lmms_smoothguard.report.page import write_page
 from lmms_smoothguard.report.tables import print_table
 from lmms_smoothguard.tiny.model import MODEL_DIR
@@ -52,13 +51,15 @@ REST = (
 
 
 def run_demo(out: Path, limit: int) -> Path:
-    """Runs the demo's two experiments and prints the table; figures go to `out/demo.json`, the page to the path returned."""
-    rows = [_run(dataclasses.replace(experiment, limit=limit), out) for experiment in DEMO]
-    out.mkdir(parents=True, exist_ok=True)
-    figures: dict[str, Any] = {"environment": environment(), "rows": rows}
-    (out / "demo.json").write_text(json.dumps(figures, indent=1) + "\n")
-    page = write_page(out, rows, figures["environment"])
-    print_table(rows)
+    """Runs the demo's two experiments and prints the table; each run's record and samples go to `out`, the page to the path
+    returned."""
+    records = []
+    for experiment in DEMO:
+        run_ = _run(dataclasses.replace(experiment, limit=limit), out)
+        write_run(out, *run_)
+        records.append(run_.record)
+    page = write_page(out, records)
+    print_table(records)
     return page
 
 
@@ -72,17 +73,21 @@ def run_report(directory: Path) -> Path:
             f"{directory} has no run named {' and none named '.join(missing)}; expected a directory that "
             f"`smoothguard demo --out {directory}` has filled"
         )
-    rows = []
+    records = []
     for experiment in (*DEMO, *REST):
         if any((directory / experiment.name).rglob("*_samples_*.jsonl")):
             count = len(load_samples(directory / experiment.name, experiment.tasks[-1]))
-            rows.append(summarize(dataclasses.replace(experiment, limit=count), directory / experiment.name))
-    stored = directory / "demo.json"  # the machine that ran it, which need not be this one
-    return write_page(directory, rows, json.loads(stored.read_text())["environment"] if stored.exists() else {})
+            # The machine that ran it need not be this one.
+            stored = directory / f"{experiment.name}.json"
+            old = read_record(stored) if stored.exists() else None
+            asked = dataclasses.replace(experiment, limit=count)
+            place, ran_on = directory / experiment.name, ({}, {}) if old is None else (old.environment, old.versions)
+            records.append(summarize(asked, place, directory / "cache", *ran_on).record)
+    return write_page(directory, records)
 
 
 def run_results(out: Path, results: Path, only: Sequence[str] = ()) -> None:
-    """Runs every experiment that has no result file yet and writes it to `results`, one file each."""
+    """Runs every experiment that has no result file yet and writes its record and samples to `results`."""
     results.mkdir(parents=True, exist_ok=True)
     known = {experiment.name for experiment in (*DEMO, *REST)}
     unknown = set(only) - known
@@ -92,10 +97,9 @@ def run_results(out: Path, results: Path, only: Sequence[str] = ()) -> None:
         target = results / f"{experiment.name}.json"
         if target.exists() and experiment.name not in only:
             continue
-        row = _run(experiment, out)
-        target.write_text(json.dumps({**row, "environment": environment()}, indent=1) + "\n")
-    print_table([json.loads((results / f"{e.name}.json").read_text()) for e in (*DEMO, *REST)])
+        write_run(results, *_run(experiment, out))
+    print_table([read_record(results / f"{e.name}.json") for e in (*DEMO, *REST)])
 
 
-def _run(experiment: Experiment, out: Path) -> dict[str, Any]:
+def _run(experiment: Experiment, out: Path) -> Run:
     return run(experiment, out, MODEL_DIR, out / "cache")

@@ -14,13 +14,23 @@ from lmms_smoothguard.harness.lmms_eval.discovery import tasks_path
 _DATA = {"shapes_pope": "pope", "shapes_pope_faint": "pope_faint", "shapes_caption": "caption"}
 
 
+def is_embedded(task: str) -> bool:
+    """Whether a task asks about scenes that the package ships."""
+    return _base(task) in _DATA
+
+
+def _base(task: str) -> str:
+    """`shapes_pope` of `shapes_pope_pgd`, and so of every attacked twin."""
+    return max((name for name in _DATA if task == name or task.startswith(f"{name}_")), key=len, default=task)
+
+
 @functools.cache
 def documents(task: str, with_images: bool = False) -> Mapping[str, Mapping[str, Any]]:
-    """The documents of an embedded task, or of its attacked twin `<task>_pgd`, by question id.
+    """The documents of an embedded task, or of its attacked twin `<task>_<attack>`, by question id.
 
     `image` is there only if `with_images`, as {"bytes": PNG}. Raises SmoothGuardError for a task without embedded data.
     """
-    name = task.removesuffix("_pgd")
+    name = _base(task)
     if name not in _DATA:
         raise SmoothGuardError(f"{task} has no embedded documents; expected one of: {', '.join(_DATA)}")
     import pyarrow.parquet as parquet

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,12 @@ from PIL import Image
 
 from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.errors import SmoothGuardError
+from lmms_smoothguard.evaluation.records import Record
 from lmms_smoothguard.evaluation.runs import Sample, load_samples
-from lmms_smoothguard.harness.lmms_eval.options import take_options
 from lmms_smoothguard.report.charts import percent, rates_chart, roc_chart, suspicion_chart
-from lmms_smoothguard.report.experiments import ATTACKED, CLEAN, is_right
+from lmms_smoothguard.report.experiments import ATTACKED, CLEAN
 from lmms_smoothguard.report.groups import groups_of
+from lmms_smoothguard.report.logs import is_right, logged_options, logged_results
 from lmms_smoothguard.report.pictures import Gallery
 from lmms_smoothguard.report.tables import HEADINGS, attack_name, table_rows
 from lmms_smoothguard.tiny.model import MODEL_DIR
@@ -27,27 +27,30 @@ SHOWN, LOST = 6, 3
 """Samples on the page: about SHOWN at even distances, and the first LOST of those that the defence lost besides."""
 
 
-def write_page(
-    directory: Path, rows: Sequence[dict[str, Any]], environment: Mapping[str, Any], model: Path = MODEL_DIR
-) -> Path:
+def write_page(directory: Path, records: Sequence[Record], model: Path = MODEL_DIR) -> Path:
     """Writes `directory/report.html` from the logs of `plain` and `smoothguard` there, and returns its path.
 
-    `rows`: what `summarize` made of the runs, for the table. Every other number is read from the samples logs. Raises
+    `records`: what `summarize` made of the runs. Every other number is read from the samples logs. Raises
     SmoothGuardError where a log or a cached image is missing.
     """
     plain, defended = (_samples(directory, name) for name in ("plain", "smoothguard"))
     config = logged_defense(directory / "smoothguard")
     gallery = Gallery(directory / "cache" / "attacks", ATTACKED, model, config)
-    by_name = {row["name"]: row for row in rows}
+    by_name = {record.name: record for record in records}
     step, chosen = selection(defended[ATTACKED])
-    figures = {name: by_name[name]["figures"] for name in ("plain", "smoothguard")}
+    figures = {
+        name: {task: stored.figures for task, stored in by_name[name].tasks.items()}
+        for name in ("plain", "smoothguard")
+    }
+    attack = by_name["smoothguard"].tasks[ATTACKED].attack
+    settings = {} if attack is None else attack.settings
     clean, attacked = (_suspicion(defended[task]) for task in (CLEAN, ATTACKED))
     page = _template().render(
         headings=HEADINGS,
-        table=table_rows(rows),
-        attack=figures["smoothguard"][ATTACKED]["attack"],
-        attack_name=attack_name(figures["smoothguard"][ATTACKED]["attack"]),
-        largest=figures["smoothguard"][ATTACKED]["largest_linf_in_grey_levels"],
+        table=table_rows(records),
+        attack=settings,
+        attack_name=attack_name(settings),
+        largest=figures["smoothguard"][ATTACKED]["largest_linf_in_grey_levels"].value,
         config=config,
         figures=figures,
         slowdown=table_rows([by_name["plain"], by_name["smoothguard"]])[1][-1],
@@ -60,8 +63,8 @@ def write_page(
         lost=sum(_lost(sample) for sample in defended[ATTACKED]),
         lost_shown=LOST,
         count=len(defended[ATTACKED]),
-        commands=[row["command"] for row in rows],
-        environment=environment,
+        commands=[record.command for record in records],
+        environment={**by_name["smoothguard"].environment, **by_name["smoothguard"].versions},
     )
     target = directory / "report.html"
     target.write_text(page, encoding="utf-8")
@@ -81,14 +84,12 @@ def logged_defense(directory: Path) -> SmoothGuardConfig:
 
     Raises SmoothGuardError without one, or for an undefended run.
     """
-    found = sorted(directory.rglob("*_results.json"))
-    if not found:
-        raise SmoothGuardError(f"no results file under {directory}; expected a run of lmms-eval with --output_path")
-    text = json.loads(found[-1].read_text())["config"]["model_args"]
-    arguments = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
-    config = getattr(take_options(arguments).defense, "config", None)
+    results = logged_results(directory)
+    config = getattr(logged_options(results).defense, "config", None)
     if not isinstance(config, SmoothGuardConfig):
-        raise SmoothGuardError(f"{found[-1]} is of another run ({text}); expected one with defense=smoothguard")
+        raise SmoothGuardError(
+            f"{directory} is of another run ({results['config']['model_args']}); expected one with defense=smoothguard"
+        )
     return config
 
 

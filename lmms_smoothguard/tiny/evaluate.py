@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lmms_smoothguard.aggregation.verdict import normalize_answer
-from lmms_smoothguard.evaluation.metrics import Rate, rate
+from lmms_smoothguard.evaluation.rates import Rate, rate
 from lmms_smoothguard.judges.refusal import RefusalJudge
 from lmms_smoothguard.tiny import language
 from lmms_smoothguard.tiny.model import prompt

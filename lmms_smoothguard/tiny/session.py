@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 
 from lmms_smoothguard.errors import SmoothGuardError
-from lmms_smoothguard.evaluation.metrics import Rate
+from lmms_smoothguard.evaluation.rates import Rate
 from lmms_smoothguard.tiny.evaluate import held_out_figures
 from lmms_smoothguard.tiny.train import Recipe, Trainer, training_scenes
 
@@ -86,7 +86,7 @@ def write_card(target: Path, recipe: Recipe, parameters: int, figures: dict[str,
         "command": command,
         "recipe": dataclasses.asdict(recipe),
         "parameters": parameters,
-        "figures": {name: value.to_dict() for name, value in figures.items()},
+        "figures": {name: value.figure().to_dict() for name, value in figures.items()},
     }
     (target / "figures.json").write_text(json.dumps(record, indent=1) + "\n")
     table = "\n".join(f"| {name} | {value} |" for name, value in figures.items())

@@ -100,6 +100,18 @@ def safety_rows(scenes: SceneSet, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
+def corpus_rows() -> list[dict[str, str]]:
+    """What the universal attack is optimised on: forbidden requests of the TRAINING split, each with its compliance.
+
+    Harmless by construction, and disjoint from the requests of `safety_rows` and of the MM-SafetyBench miniature.
+    """
+    return [
+        {"instruction": language.request(verb, thing, form), "response": language.compliance(verb, thing)}
+        for verb, thing in language.request_pairs(language.FORBIDDEN_VERBS, test=False)
+        for form in range(len(language.REQUESTS))
+    ]
+
+
 def test_sets() -> dict[str, list[dict[str, Any]]]:
     """All test sets by file name; images as uint8 arrays."""
     return {
@@ -111,7 +123,7 @@ def test_sets() -> dict[str, list[dict[str, Any]]]:
 
 
 def write(directory: Path) -> None:
-    """Writes every test set; equal images are stored once a file."""
+    """Writes every test set, and the universal attack's corpus; equal images are stored once a file."""
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -127,6 +139,7 @@ def write(directory: Path) -> None:
         )
         table = pa.table(columns, schema=features.arrow_schema)
         pq.write_table(table, directory / f"{name}.parquet", compression="zstd", dictionary_pagesize_limit=8 << 20)
+    pq.write_table(pa.Table.from_pylist(corpus_rows()), directory / "universal_corpus.parquet", compression="zstd")
 
 
 def _png(image: np.ndarray) -> bytes:

@@ -3,8 +3,12 @@
 from lmms_eval.tasks.pope.utils import *
 from lmms_eval.tasks.pope.utils import pope_process_results
 
+from lmms_smoothguard.harness.lmms_eval.safety import attacked_safety_scores, metric_list, safety_scores
 from lmms_smoothguard.harness.lmms_eval.scoring import *
-from lmms_smoothguard.harness.lmms_eval.scoring import attack_scores, caption_scores, safety_scores, same_answer
+from lmms_smoothguard.harness.lmms_eval.scoring import attack_scores, caption_scores, same_answer
+
+SAFETY_METRICS = metric_list(kinds=True)
+ATTACKED_SAFETY_METRICS = metric_list(attacked=True)
 
 
 def doc_to_visual(doc):
@@ -31,3 +35,11 @@ def caption_attacked_results(doc, results):
 
 def safety_results(doc, results):
     return safety_scores(doc, results[0])
+
+
+def forbidden(docs):
+    return docs.filter(lambda kind: kind == "forbidden", input_columns="kind")
+
+
+def safety_attacked_results(doc, results):
+    return attacked_safety_scores(doc, results[0])

@@ -14,8 +14,8 @@ from lmms_eval.api.instance import Instance
 from PIL import Image
 
 from lmms_smoothguard.attacks.cache import AttackCache, Entry
-from lmms_smoothguard.attacks.craft import Job, reference_answer
-from lmms_smoothguard.attacks.objective import answer_ids
+from lmms_smoothguard.attacks.craft import Job
+from lmms_smoothguard.attacks.goals import goal
 from lmms_smoothguard.attacks.universal_crafter import UniversalCrafter
 from lmms_smoothguard.errors import AttackError
 from lmms_smoothguard.harness.lmms_eval import ledger, universal
@@ -88,16 +88,15 @@ def _plain_passes(
 
 
 def _job(one: Plan, plain: PlainPass, tokenizer: Any) -> Job | None:
-    """None where the clean answer is empty and nothing else was named to lead away from, or to lead to."""
-    if one.target is not None:
-        settings = dataclasses.replace(one.attack.settings, target=one.target)
-        wanted = answer_ids(tokenizer, plain.inputs["input_ids"][0].tolist(), one.target)
-        return Job(settings, one.images, plain.inputs, tuple(wanted))
+    """None where the clean answer is empty, and no target was named to lead to."""
     label = one.label(plain.text)
-    if label is None and not plain.answer:
+    words = goal(tokenizer, plain.inputs, plain.answer, target=one.target, label=label, clean_is_right=label is None)
+    if words is None:
         return None
-    away = reference_answer(tokenizer, plain.inputs, plain.answer, label)
-    return Job(one.attack.settings, one.images, plain.inputs, tuple(away))
+    settings = (
+        one.attack.settings if one.target is None else dataclasses.replace(one.attack.settings, target=one.target)
+    )
+    return Job(settings, one.images, plain.inputs, words)
 
 
 def _check_targets(tokenizer: Any, plans: Sequence[Plan]) -> None:

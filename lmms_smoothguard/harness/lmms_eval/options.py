@@ -12,6 +12,7 @@ from lmms_smoothguard.attacks.settings import AttackSettings, all_fields, common
 from lmms_smoothguard.choice import DEFAULT, Choice, choose, field_names
 from lmms_smoothguard.config import parse_scalar
 from lmms_smoothguard.errors import ConfigError, did_you_mean
+from lmms_smoothguard.judges.loading import judge_names
 
 _TASK_FIELDS = ("label", "target_field")  # in a task's metadata.attack only: names of document fields
 
@@ -27,12 +28,14 @@ class TaskAttack:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """defense: None = the undefended run of the same wrapper; attack: settings of `--model_args`, over the task's own."""
+    """defense: None = the undefended run of the same wrapper; attack: settings of `--model_args`, over the task's own; judge:
+    names as in `lmms_smoothguard.judges.loading`."""
 
     defense: Choice | None
     attack: dict[str, Any]
     attack_cache: Path
     attack_batch_size: int
+    judge: str = "refusal"
 
     def attack_on(self, metadata: Mapping[str, Any]) -> TaskAttack | None:
         """The attack for a task with that metadata; None when neither names one."""
@@ -59,6 +62,8 @@ def take_options(kwargs: dict[str, Any], accepted: Sequence[str] = ()) -> Option
         )
     taken = {key: parse_scalar(kwargs.pop(key)) for key in list(kwargs) if key in ours}
     defense = choose({"defense": name, **taken})
+    judge = str(kwargs.pop("judge", Options.judge))
+    judge_names(judge)  # a misspelt name is refused before the model is loaded
     attack: dict[str, Any] = {}
     if "attack" in kwargs:
         attack["name"] = kwargs.pop("attack")
@@ -72,7 +77,8 @@ def take_options(kwargs: dict[str, Any], accepted: Sequence[str] = ()) -> Option
         attack[key.removeprefix("attack_")] = kwargs.pop(key)
     # A bad value is refused before the model is loaded; options are those of an attack that only the task may name.
     AttackSettings.parse(attack if "name" in attack else {k: v for k, v in attack.items() if k in common_fields()})
-    return Options(defense, attack, Path(cache).expanduser() if cache else default_cache_dir() / "attacks", batch_size)
+    where = Path(cache).expanduser() if cache else default_cache_dir() / "attacks"
+    return Options(defense, attack, where, batch_size, judge)
 
 
 def attack_keys() -> list[str]:
@@ -93,6 +99,7 @@ def explain_leftover(kwargs: Mapping[str, Any], accepted: Sequence[str], defense
                 *accepted,
                 *_fields_of(None if defense is None else defense.name),
                 "defense",
+                "judge",
                 "attack",
                 "attack_cache",
                 "attack_batch_size",

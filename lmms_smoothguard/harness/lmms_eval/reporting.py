@@ -15,7 +15,7 @@ from typing import Any
 
 from lmms_smoothguard.aggregation.verdict import normalize_answer
 from lmms_smoothguard.errors import AttackError, ConfigError, SmoothGuardError, explain
-from lmms_smoothguard.evaluation.metrics import Rate, rate
+from lmms_smoothguard.evaluation.rates import Rate, rate
 from lmms_smoothguard.harness.lmms_eval import sharding
 
 RESULTS = "smoothguard_attacks"
@@ -66,9 +66,9 @@ class Summary:
         return {
             "attacks": list(self.attacks),
             "attacked": self.attacked,
-            "answer_changed": self.changed.to_dict(),
-            "target_said": None if self.said is None else self.said.to_dict(),
-            "target_said_clean": None if self.said_clean is None else self.said_clean.to_dict(),
+            "answer_changed": self.changed.figure().to_dict(),
+            "target_said": None if self.said is None else self.said.figure().to_dict(),
+            "target_said_clean": None if self.said_clean is None else self.said_clean.figure().to_dict(),
             "left_out": self.left_out,
         }
 

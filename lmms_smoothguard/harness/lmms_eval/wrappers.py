@@ -22,7 +22,7 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts, unwr
 
 import hf_integration
 from lmms_smoothguard.errors import ConfigError, UndefendableError, explain
-from lmms_smoothguard.harness.lmms_eval import reporting, sharding
+from lmms_smoothguard.harness.lmms_eval import judging, reporting, sharding
 from lmms_smoothguard.harness.lmms_eval.attacking import INFO, attacked_requests
 from lmms_smoothguard.harness.lmms_eval.instances import has_media
 from lmms_smoothguard.harness.lmms_eval.options import Options, explain_leftover, take_options
@@ -58,6 +58,7 @@ class SmoothGuardMixin:
         accepted = [*base_init, "batch_size", "max_batch_size", "device"]
         self._sg_options = take_options(kwargs, accepted)
         explain_leftover(kwargs, accepted, self._sg_options.defense)
+        judging.use(self._sg_options.judge)
         if not torch.cuda.is_available():  # upstream's defaults, "cuda" and "", do not work on a CPU
             if "device" in base_init:
                 kwargs["device"] = "cpu" if str(kwargs.get("device") or "cuda").startswith("cuda") else kwargs["device"]
@@ -95,8 +96,11 @@ class SmoothGuardMixin:
             attacked = attacked_requests(
                 self, requests, self._sg_options, model, processor, lambda request: self._sg_base(request)[0], quiet
             )
-            bar = tqdm(requests, desc="answering", unit="sample", disable=quiet)
-            return [self._sg_answer(attacked.get(id(request), request)) for request in bar]
+            asked = [attacked.get(id(request), request) for request in requests]
+            bar = tqdm(asked, desc="answering", unit="sample", disable=quiet)
+            answers = [self._sg_answer(request) for request in bar]
+        judging.judge_ahead(self, asked, answers)
+        return answers
 
     def loglikelihood(self, requests: Sequence[Instance]) -> Any:
         """Refused with a defence: a likelihood has no answers to vote on."""

@@ -1,0 +1,148 @@
+"""`smoothguard attack`: the options of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lmms_smoothguard.config import parse_scalar
+from lmms_smoothguard.errors import ConfigError
+
+_ATTACK = "The attack"
+_DEFENSE = "The defence"
+_DATA = "The data"
+_MACHINE = "The machine"
+
+
+def attack(
+    model: Annotated[str, typer.Argument(help="A hub id, a directory with safetensors weights, or tiny-llava.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="A folder of pictures, a parquet / json / jsonl / csv file, a data set (hub id or directory), an lmms-eval task, "
+            "or the directory of an earlier run."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Directory of the run; started again, it goes on where it was.")],
+    name: Annotated[str, typer.Option("--attack", rich_help_panel=_ATTACK, help="A registered attack.")] = "pgd",
+    eps: Annotated[str | None, typer.Option(rich_help_panel=_ATTACK, help="Radius, such as 4/255.")] = None,
+    steps: Annotated[int | None, typer.Option(rich_help_panel=_ATTACK)] = None,
+    norm: Annotated[str | None, typer.Option(rich_help_panel=_ATTACK, help="linf or l2.")] = None,
+    target: Annotated[str | None, typer.Option(rich_help_panel=_ATTACK, help="A text to be forced.")] = None,
+    targeted: Annotated[
+        bool, typer.Option("--targeted", rich_help_panel=_ATTACK, help="Each question's own target is to be forced.")
+    ] = False,
+    eot: Annotated[
+        int | None, typer.Option(rich_help_panel=_ATTACK, help="Draws of the defence's noise a step (adaptive).")
+    ] = None,
+    attack_seed: Annotated[int | None, typer.Option(rich_help_panel=_ATTACK, help="Of the attacker's chance.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", rich_help_panel=_ATTACK, help="Any other setting: --set momentum=0.9; may be repeated."),
+    ] = None,
+    defense: Annotated[str, typer.Option(rich_help_panel=_DEFENSE, help="A registered defence, or none.")] = "none",
+    sigma: Annotated[float | None, typer.Option(rich_help_panel=_DEFENSE)] = None,
+    noise_space: Annotated[str | None, typer.Option(rich_help_panel=_DEFENSE, help="normalized or pixel.")] = None,
+    num_samples: Annotated[int | None, typer.Option(rich_help_panel=_DEFENSE, help="N.")] = None,
+    defense_settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--defense-set", rich_help_panel=_DEFENSE, help="Any other field: --defense-set seed=1; may be repeated."
+        ),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(rich_help_panel=_DATA, help="Of a data set: test, or config:test.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(rich_help_panel=_DATA, help="The first so many questions.")] = None,
+    question: Annotated[
+        str | None,
+        typer.Option(rich_help_panel=_DATA, help="A text to ask about every picture, or a column of questions."),
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--column",
+            rich_help_panel=_DATA,
+            help="What a column is: --column label=answer; of id, images, question, label, target, group; none for none.",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(rich_help_panel=_DATA, help="Of an answer; a task's own, else 32.")
+    ] = None,
+    match: Annotated[
+        str, typer.Option(rich_help_panel=_DATA, help="When an answer is right: exact, or contains the label.")
+    ] = "exact",
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_DATA,
+            help="A judge decides on success instead of the label: refusal, guard/<model>, llm/<model>.",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(rich_help_panel=_MACHINE, help="Rows of the model at once, EOT's draws counted.")
+    ] = 32,
+    device: Annotated[str | None, typer.Option(rich_help_panel=_MACHINE, help="cpu, cuda, cuda:1.")] = None,
+    dtype: Annotated[str, typer.Option(rich_help_panel=_MACHINE, help="auto, float32, bfloat16 or float16.")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", rich_help_panel=_MACHINE, help="Run the checkpoint's own code.")
+    ] = False,
+    cache: Annotated[Path | None, typer.Option(rich_help_panel=_MACHINE, help="Of adversarial images.")] = None,
+) -> None:
+    """Craft adversarial images for any questions: PNG files and attacks.parquet, with the answers before and after.
+
+    On several processes: accelerate launch --num_processes 2 -m lmms_smoothguard attack ...
+    """
+    from lmms_smoothguard.attacking.run import AttackRun, run_attack
+    from lmms_smoothguard.attacking.summary import describe
+    from lmms_smoothguard.attacks.settings import AttackSettings
+    from lmms_smoothguard.choice import choose
+
+    options = {"eps": eps, "steps": steps, "norm": norm, "target": target, "eot": eot, "seed": attack_seed}
+    fields: dict[str, Any] = {"sigma": sigma, "noise_space": noise_space, "num_samples": num_samples}
+    given = _known(fields) | {key: parse_scalar(value) for key, value in _pairs("--defense-set", defense_settings)}
+    if defense == "none" and given:
+        raise ConfigError(
+            f"{next(iter(given))} is a setting of a defence, and there is none; expected --defense smoothguard"
+        )
+    asked = AttackRun(
+        model=model,
+        data=data,
+        out=out,
+        attack=AttackSettings.parse({"name": name}, _known(options), dict(_pairs("--set", settings))),
+        defense=choose({"defense": defense, **given}),
+        split=split,
+        limit=limit,
+        question=question,
+        columns={key: None if value == "none" else value for key, value in _pairs("--column", columns)},
+        targeted=targeted,
+        max_new_tokens=max_new_tokens,
+        match=match,
+        judge=judge,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        cache=cache,
+    )
+    summary = run_attack(asked)
+    if summary is not None:
+        typer.echo("\n".join(describe(summary)))
+        typer.echo(f"{summary['samples']} samples: {out / 'attacks.parquet'}")
+
+
+def _known(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _pairs(option: str, given: Sequence[str] | None) -> list[tuple[str, str]]:
+    pairs = []
+    for text in given or ():
+        key, separator, value = text.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"{option} is {text!r}; expected key=value")
+        pairs.append((key.strip().replace("-", "_"), value))
+    return pairs

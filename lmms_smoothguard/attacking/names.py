@@ -1,0 +1,41 @@
+"""File names for ids: no two ids share one, on any file system."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from urllib.parse import quote
+
+_LONGEST = 120
+
+
+def file_names(ids: Sequence[str]) -> dict[str, str]:
+    """A name without its ending for every id: percent-encoded, so a `+` in it is never the id's own.
+
+    What is too long, or differs from another in case alone, ends with `+` and a digest.
+    """
+    plain = {name: _escaped(name) for name in ids}
+    counts = Counter(escaped.casefold() for escaped in plain.values())
+    return {
+        name: escaped if counts[escaped.casefold()] == 1 and len(escaped) <= _LONGEST else _digested(name, escaped)
+        for name, escaped in plain.items()
+    }
+
+
+def _escaped(name: str) -> str:
+    escaped = quote(name, safe=" ")
+    # Not hidden, and not one of what Windows takes off a name's end.
+    for place in (0, -1):
+        if escaped[place] in ". ":
+            escaped = escaped[:place] + f"%{ord(escaped[place]):02X}" + (escaped[1:] if place == 0 else "")
+    return escaped
+
+
+def _digested(name: str, escaped: str) -> str:
+    return f"{escaped[:_LONGEST]}+{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+
+
+def image_name(name: str, slot: int) -> str:
+    """The file of a question's n-th image."""
+    return f"{name}.png" if slot == 0 else f"{name}+{slot}.png"

@@ -1,0 +1,197 @@
+"""One process's share of a run: clean answers, crafting in batches, answers to what was crafted, a record each."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lmms_smoothguard.attacking.outcomes import Outcome, Rules
+from lmms_smoothguard.attacking.run import AttackRun
+from lmms_smoothguard.attacking.store import Store
+from lmms_smoothguard.attacks.cache import AttackCache, Entry
+from lmms_smoothguard.attacks.craft import Crafter, Job
+from lmms_smoothguard.attacks.goals import goal
+from lmms_smoothguard.errors import AttackError
+from lmms_smoothguard.evaluation.questions import Question, Questions
+from lmms_smoothguard.evaluation.rates import rate
+from lmms_smoothguard.subject import Subject
+
+log = logging.getLogger(__name__)
+
+_BATCHES_AHEAD = 8
+"""Clean answers are asked for that many batches before crafting, so that there are enough of one length to share a batch."""
+EMPTY_ANSWER = "the clean answer is empty: there is nothing to lead away from"
+
+
+class Prepared(NamedTuple):
+    """A sample before crafting; question: without its pictures, which are read again; job: likewise, with its inputs in main
+    memory, for many wait their turn; None where the sample cannot be attacked; sizes: of its pictures."""
+
+    number: int
+    question: Question
+    target: str | None
+    clean: str
+    job: Job | None
+    sizes: tuple[tuple[int, int], ...]
+
+
+class Share:
+    """quiet: no progress bar, for all processes but the main one."""
+
+    def __init__(
+        self, asked: AttackRun, subject: Subject, questions: Questions, rules: Rules, store: Store, quiet: bool
+    ) -> None:
+        assert asked.cache is not None and asked.max_new_tokens is not None
+        self._asked, self._subject, self._questions, self._rules = asked, subject, questions, rules
+        self._store, self._quiet, self._length = store, quiet, asked.max_new_tokens
+        self._crafter = Crafter(
+            subject.model, subject.processor, AttackCache(asked.cache), asked.defense, asked.batch_size, quiet=True
+        )
+        rows = max(1, asked.attack.eot) * asked.attack.restarts
+        self._size = max(1, asked.batch_size // rows)
+
+    def work(self, numbers: Sequence[int]) -> None:
+        """Does those samples that are not done."""
+        from tqdm import tqdm
+
+        records = [self._store.get(self._questions.ids[n], self._questions.digests[n]) for n in numbers]
+        done = [record for record in records if record is not None]
+        todo = [number for number, record in zip(numbers, records, strict=True) if record is None]
+        with tqdm(total=len(numbers), initial=len(done), unit="sample", desc="attacks", disable=self._quiet) as bar:
+            successes = [record["success"] for record in done if record["counted"]]
+            for record in self._records(todo):
+                self._store.put(record)
+                successes += [record["success"]] if record["counted"] else []
+                bar.set_postfix_str(f"ASR {rate(successes)}" if successes else "ASR -", refresh=False)
+                bar.update()
+
+    def _records(self, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+        ahead = self._size * _BATCHES_AHEAD
+        for start in range(0, len(numbers), ahead):
+            prepared = [self._prepare(number) for number in numbers[start : start + ahead]]
+            yield from (self._left_out(one) for one in prepared if one.job is None)
+            attackable = sorted((one for one in prepared if one.job is not None), key=_likeness)
+            for _, alike in itertools.groupby(attackable, key=_likeness):
+                yield from self._crafted(list(alike))
+
+    def _prepare(self, number: int) -> Prepared:
+        question = self._questions[number]
+        target = question.target if self._asked.targeted else self._asked.attack.target
+        inputs = self._subject.inputs(question)
+        text, ids, _ = self._subject.answer(inputs, self._length)
+        right = question.label is None or self._rules.is_right(text, question.label)
+        answer = goal(self._subject.tokenizer, inputs, ids, target=target, label=question.label, clean_is_right=right)
+        settings = dataclasses.replace(self._asked.attack, target=target)
+        waiting = {key: value.cpu() for key, value in inputs.items()}
+        job = None if answer is None else Job(settings, (), waiting, answer)
+        sizes = tuple(image.size for image in question.images)
+        return Prepared(number, dataclasses.replace(question, images=()), target, text, job, sizes)
+
+    # -- crafting ------------------------------------------------------------------------------------------------------
+
+    def _crafted(self, alike: list[Prepared]) -> Iterator[dict[str, Any]]:
+        while alike:
+            batch = alike[: self._size]
+            entries = self._craft([self._whole(one) for one in batch])
+            if entries is None:
+                continue
+            for one, entry in zip(batch, entries, strict=True):
+                yield self._record(one, entry)
+            alike = alike[len(batch) :]
+
+    def _whole(self, one: Prepared) -> Job:
+        assert one.job is not None
+        inputs = {key: value.to(self._subject.device) for key, value in one.job.inputs.items()}
+        return dataclasses.replace(one.job, images=self._questions[one.number].images, inputs=inputs)
+
+    def _craft(self, jobs: list[Job]) -> list[Entry] | None:
+        """The entries of one batch; None when memory was short and the next batch is to be smaller."""
+        from accelerate.utils import release_memory
+        from accelerate.utils.memory import should_reduce_batch_size
+
+        try:
+            return self._crafter.craft(jobs)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if len(jobs) == 1:
+                raise AttackError(
+                    f"one request does not fit into memory ({str(error).splitlines()[0]}); expected a smaller model or dtype, or "
+                    "fewer eot draws or restarts"
+                ) from error
+        release_memory()
+        self._size = max(1, min(self._size, len(jobs)) // 2)
+        log.warning("out of memory; going on with batches of %d requests", self._size)
+        return None
+
+    # -- records -------------------------------------------------------------------------------------------------------
+
+    def _record(self, one: Prepared, entry: Entry) -> dict[str, Any]:
+        made = {
+            "attacked": True,
+            "reason": None,
+            "images": self._store.put_images(one.question.id, entry.images),
+            "attack": entry.record["attack"],
+            "attack_key": entry.key,
+            **{key: entry.record[key] for key in ("linf", "l2", "rendering_gap", "objective")},
+        }
+        return self._answered(one, made) | {"crafting_seconds": entry.record["seconds"]}
+
+    def _left_out(self, one: Prepared) -> dict[str, Any]:
+        """The sample with its own pictures, so that the data set is whole; it is in no rate."""
+        clean = [np.asarray(image) for image in self._questions[one.number].images]
+        made = {
+            "attacked": False,
+            "reason": EMPTY_ANSWER,
+            "images": self._store.put_images(one.question.id, clean),
+            "attack": dataclasses.replace(self._asked.attack, target=one.target).to_dict(),
+            "attack_key": None,
+            "linf": 0.0, "l2": 0.0, "rendering_gap": None, "objective": [],
+        }  # fmt: skip
+        return self._answered(one, made) | {"counted": False, "success": None, "defended_success": None}
+
+    def _answered(self, one: Prepared, made: dict[str, Any]) -> dict[str, Any]:
+        """Answers to the images as they can be read back, through the ordinary path."""
+        question = one.question
+        pictures = tuple(Image.open(self._store.root / image["file"]).convert("RGB") for image in made["images"])
+        inputs = self._subject.inputs(dataclasses.replace(question, images=pictures))
+        answer = self._subject.answer(inputs, self._length).text
+        outcome = self._outcome(one, answer)
+        record = {
+            "id": question.id,
+            "digest": self._questions.digests[one.number],
+            "question": question.text,
+            "label": question.label,
+            "target": one.target,
+            "group": question.group,
+            "clean_answer": one.clean,
+            "adversarial_answer": answer,
+            **outcome._asdict(),
+            **made,
+        }
+        if self._asked.defense is not None:
+            reply = self._subject.answer(inputs, self._length, self._asked.defense)
+            record["defended_answer"] = reply.text
+            outcome = self._outcome(one, reply.text)
+            record |= {"defended_success": outcome.success, "defended_verdict": outcome.verdict}
+            for field in ("agreement", "suspicion", "suspected", "num_samples_used"):
+                record[f"defended_{field}"] = getattr(reply.verdict, field, None)
+        return record
+
+    def _outcome(self, one: Prepared, answer: str) -> Outcome:
+        asked = one.question
+        return self._rules.outcome(asked.text, target=one.target, label=asked.label, clean=one.clean, answer=answer)
+
+
+def _likeness(one: Prepared) -> str:
+    """Equal for what can share a batch, see `Crafter`."""
+    assert one.job is not None
+    shapes = sorted((k, tuple(v.shape)) for k, v in one.job.inputs.items() if isinstance(v, torch.Tensor))
+    return repr((one.target, one.sizes, len(one.job.answer), shapes))

@@ -1,0 +1,204 @@
+"""Questions about pictures from anywhere: a folder, a parquet / JSON / CSV file, a Hugging Face data set.
+
+    questions = load_questions("pictures/", question="What is shown?")
+    questions = load_questions("lmms-lab/POPE", split="Full:adversarial", limit=100)
+
+Everything is read and checked once, before anything is asked; a picture is decoded again whenever its question is taken out,
+so that a large set does not have to fit into memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+from PIL import Image
+
+from lmms_smoothguard.errors import ConfigError
+from lmms_smoothguard.evaluation.columns import Columns, as_text, picture_of
+from lmms_smoothguard.evaluation.tables import open_table
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Question:
+    """images: RGB, in the order of the prompt; label: the right answer; target: what an attack wants said; group: what it
+    shares with questions that depend on it, such as its picture's scene."""
+
+    id: str
+    images: tuple[Image.Image, ...]
+    text: str
+    label: str | None = None
+    target: str | None = None
+    group: str | None = None
+
+
+class Words(NamedTuple):
+    """A question without its pictures."""
+
+    id: str
+    text: str
+    label: str | None = None
+    target: str | None = None
+    group: str | None = None
+
+
+class Questions(Sequence[Question]):
+    """Checked questions, in order.
+
+    source, split: what was loaded; digests: one a question, of its words and pixels; revision: of all of them together, in
+    order; max_new_tokens: how long an answer may be, where the source says so.
+    """
+
+    def __init__(
+        self,
+        words: Iterable[Words],
+        pictures: Callable[[int], Sequence[Any]],
+        *,
+        source: str,
+        split: str | None = None,
+        max_new_tokens: int | None = None,
+    ) -> None:
+        """pictures: the pictures of the n-th question, PIL images or what raises OSError or ValueError when it is read.
+
+        Raises ConfigError for no questions, empty ones, duplicate ids, and pictures that are missing or cannot be read.
+        """
+        self.source, self.split, self.max_new_tokens = source, split, max_new_tokens
+        self._words, self._pictures = tuple(words), pictures
+        self._check_words()
+        self.digests = self._checked_digests()
+        self.revision = hashlib.sha256("".join(self.digests).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._words)
+
+    @overload
+    def __getitem__(self, index: int) -> Question: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Question]: ...
+    def __getitem__(self, index: int | slice) -> Question | list[Question]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        number = range(len(self))[index]
+        words = self._words[number]
+        return Question(words.id, self._images(number), *words[1:])
+
+    def __iter__(self) -> Iterator[Question]:
+        return (self[number] for number in range(len(self)))
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The ids of all questions."""
+        return tuple(words.id for words in self._words)
+
+    @property
+    def words(self) -> tuple[Words, ...]:
+        """All questions without their pictures."""
+        return self._words
+
+    def _images(self, number: int) -> tuple[Image.Image, ...]:
+        return tuple(_rgb(image) for image in self._pictures(number))
+
+    def _check_words(self) -> None:
+        if not self._words:
+            raise ConfigError(f"{self.source} has no questions{_of(self.split)}; expected at least one")
+        twice = sorted(name for name, count in Counter(self.ids).items() if count > 1)
+        if twice:
+            raise ConfigError(
+                f"{self.source} has duplicate ids: {_some(twice)}; expected each once. Name another id column, or none for "
+                "row numbers"
+            )
+        empty = [words.id for words in self._words if not words.text.strip()]
+        if empty:
+            raise ConfigError(f"{self.source} has empty questions: {_some(empty)}; expected a text to ask for each")
+
+    def _checked_digests(self) -> tuple[str, ...]:
+        digests, broken = [], []
+        for number, words in enumerate(self._words):
+            hasher = hashlib.sha256(json.dumps(words).encode())
+            try:
+                images = self._images(number)
+                if not images:
+                    raise ValueError("no picture")
+                for image in images:
+                    hasher.update(repr(image.size).encode() + np.asarray(image).tobytes())
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                broken.append(f"{words.id} ({error or type(error).__name__})")
+            digests.append(hasher.hexdigest())
+        if broken:
+            raise ConfigError(
+                f"{self.source} has {len(broken)} pictures that cannot be read: {_some(broken)}; expected a whole 8-bit picture "
+                "for each question. Mend or remove them"
+            )
+        return tuple(digests)
+
+
+def load_questions(
+    source: str,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    question: str | None = None,
+    columns: Mapping[str, str | None] | None = None,
+) -> Questions:
+    """Questions from a folder of pictures, a parquet / JSON / CSV file, or a Hugging Face data set (id or directory).
+
+    split: "test", or "config:test" for a data set of several configs; limit: the first so many; question: the text asked
+    about every picture, or the column that has the questions; columns: names of columns for `id`, `images`, `question`,
+    `label`, `target` and `group`, None for none; without a name sensible ones are found. A folder's ids are the paths
+    within it. Raises ConfigError for whatever cannot be meant or read; nothing is left out in silence.
+    """
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise ConfigError(f"limit is {limit!r}; expected a whole number of at least 1")
+    if question is not None and not question.strip():
+        raise ConfigError(f"question is {question!r}; expected a text to ask, or a column's name")
+    table = open_table(str(source), split)
+    chosen = Columns.find(table.rows.column_names, table.rows.features, question, columns or {}, table.source)
+    rows = table.rows.select(range(min(limit or len(table.rows), len(table.rows))))
+    bare = rows.remove_columns(chosen.images)  # reading words must not read pictures
+
+    def words(number: int, row: Mapping[str, Any]) -> Words:
+        def field(name: str | None) -> str | None:
+            return None if name is None else as_text(row[name], rows.features[name], name)
+
+        label, target, group = (field(name) or None for name in (chosen.label, chosen.target, chosen.group))
+        name = str(number) if chosen.id is None else field(chosen.id)
+        text = chosen.text if chosen.question is None else field(chosen.question)
+        return Words(str(name), text or "", label, target, group)
+
+    pictures = rows.select_columns([chosen.images])
+
+    def images(number: int) -> list[Any]:
+        value = pictures[number][chosen.images]
+        return [picture_of(item, table.base) for item in (value if isinstance(value, list) else [value])]
+
+    asked = [words(number, row) for number, row in enumerate(bare)] if bare.column_names else _alone(len(rows), words)
+    return Questions(asked, images, source=table.source, split=table.split)
+
+
+def _alone(count: int, words: Callable[[int, Mapping[str, Any]], Words]) -> list[Words]:
+    return [words(number, {}) for number in range(count)]
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """As every processor will see it: upright, three channels of 8 bits."""
+    from PIL import ImageOps
+
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"mode {image.mode}, more than 8 bits a channel")
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _of(split: str | None) -> str:
+    return "" if split is None else f" in split {split!r}"

@@ -1,0 +1,104 @@
+"""The questions of an lmms-eval task, without its model wrappers."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from lmms_smoothguard.errors import ConfigError, did_you_mean
+from lmms_smoothguard.evaluation.columns import NAMES
+from lmms_smoothguard.evaluation.questions import Questions, Words
+from lmms_smoothguard.harness.lmms_eval import discovery
+
+
+def is_task(name: str) -> bool:
+    """Whether lmms-eval, where it is installed, knows a task or group of that name."""
+    return _manager_of(name) is not None
+
+
+def load_task(name: str, *, limit: int | None = None) -> Questions:
+    """The questions of one task: pictures and texts as its own functions give them, without any model's own prompts.
+
+    The label is the document's field that `metadata.attack.label` names, else the task's target where that is one text;
+    the target of an attack is `metadata.attack.target_field`'s. Raises ConfigError for a group, a task that is not known,
+    cannot be loaded, or asks for more than pictures.
+    """
+    manager = _manager_of(name)
+    if manager is None:
+        every = _manager(ours_alone=False)
+        known = (
+            did_you_mean(name, difflib.get_close_matches(name, every.all_subtasks)) if every else "it is not installed"
+        )
+        raise ConfigError(f"lmms-eval has no task {name!r}; {known}")
+    if name not in manager.all_subtasks:
+        listed = manager.task_index[name]["task"]
+        inside = f" of {', '.join(map(str, listed))}" if isinstance(listed, list) else ""
+        raise ConfigError(f"{name!r} is a group{inside}; expected one task")
+    try:
+        task = manager.load_task_or_group([name])[name]
+        docs = task.test_docs() if task.has_test_docs() else task.validation_docs()
+    except Exception as error:
+        raise ConfigError(f"lmms-eval cannot load the task {name!r}: {_cause(error)}") from error
+    split = task.config.test_split or task.config.validation_split
+    count = min(limit or len(docs), len(docs))
+    settings = task.config.generation_kwargs or {}
+    attack = (task.config.metadata or {}).get("attack")
+    words = [
+        _words(task, docs[number], number, attack if isinstance(attack, Mapping) else {}) for number in range(count)
+    ]
+
+    def pictures(number: int) -> Sequence[Image.Image]:
+        visuals = task.doc_to_visual(docs[number]) or []
+        strangers = [item for item in visuals if not isinstance(item, Image.Image)]
+        if strangers:
+            raise ValueError(f"a {type(strangers[0]).__name__} among its pictures")
+        return list(visuals)
+
+    return Questions(words, pictures, source=name, split=split, max_new_tokens=settings.get("max_new_tokens"))
+
+
+def _words(task: Any, doc: Mapping[str, Any], number: int, attack: Mapping[str, Any]) -> Words:
+    target = doc.get(attack["target_field"]) if "target_field" in attack else attack.get("target")
+    label = doc.get(attack["label"]) if "label" in attack else task.doc_to_target(doc)
+
+    def usual(part: str) -> str | None:
+        return next((str(doc[name]) for name in NAMES[part] if isinstance(doc.get(name), str | int)), None)
+
+    return Words(
+        usual("id") or str(number),
+        str(task.doc_to_text(doc)),
+        str(label) if isinstance(label, str | int | float) and str(label) else None,
+        None if target is None else str(target),
+        usual("group"),
+    )
+
+
+def _manager_of(name: str) -> Any:
+    """A task manager that knows the name: of our tasks alone if it is one, for lmms-eval's thousands take ten seconds."""
+    managers = (_manager(ours_alone) for ours_alone in (True, False))
+    return next((manager for manager in managers if manager is not None and name in manager.all_tasks), None)
+
+
+@functools.cache
+def _manager(ours_alone: bool) -> Any:
+    try:
+        from lmms_eval.tasks import TaskManager
+        from loguru import logger
+    except ImportError:
+        return None
+    discovery.install()
+    logger.disable("lmms_eval")  # a line for every file that is no task
+    try:
+        return TaskManager("ERROR", include_path=str(discovery.tasks_path()), include_defaults=not ours_alone)
+    finally:
+        logger.enable("lmms_eval")
+
+
+def _cause(error: Exception) -> str:
+    attempt = getattr(error, "last_attempt", None)  # lmms-eval tries again, and then hides what went wrong
+    inner = attempt.exception() if attempt is not None else error
+    return f"{type(inner).__name__}: {inner}".splitlines()[0]

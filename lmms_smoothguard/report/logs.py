@@ -1,0 +1,199 @@
+"""What lmms-eval's own logs say of a run: its settings, its data, its samples, as a record of one schema."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lmms_smoothguard.aggregation.verdict import normalize_answer
+from lmms_smoothguard.attacks.cache import AttackCache
+from lmms_smoothguard.errors import SmoothGuardError
+from lmms_smoothguard.evaluation.machine import machine, versions
+from lmms_smoothguard.evaluation.records import AttackRecord, DataRecord, ModelRecord, Record, Run, TaskRecord
+from lmms_smoothguard.evaluation.runs import Sample, load_samples, sample_records
+from lmms_smoothguard.evaluation.samples import SampleRecord, sha256_of
+from lmms_smoothguard.evaluation.summaries import figures_of
+from lmms_smoothguard.harness.lmms_eval.discovery import tasks_path
+from lmms_smoothguard.harness.lmms_eval.options import Options, take_options
+from lmms_smoothguard.report.documents import is_embedded, scenes_of
+from lmms_smoothguard.tiny.model import MODEL_DIR
+
+EMBEDDED_MODEL = "tiny-llava"
+_PER_SAMPLE = "(per sample)"
+
+
+def run_of_logs(
+    directory: Path,
+    tasks: Sequence[str],
+    *,
+    name: str,
+    about: str,
+    command: str,
+    cache: Path,
+    environment: Mapping[str, Any] | None = None,
+    package_versions: Mapping[str, str | None] | None = None,
+) -> Run:
+    """The record and samples of the newest run of `tasks` under `directory`, a `--output_path` with `--log_samples`.
+
+    cache: its attack cache, which knows the model's fingerprint. environment, package_versions: of the machine that ran it;
+    None for this one. Raises SmoothGuardError where a log is missing, or the data have changed since.
+    """
+    results = logged_results(directory)
+    options = logged_options(results)
+    logged = {task: load_samples(directory, task) for task in tasks}
+    rows = {task: _rows(name, task, samples) for task, samples in logged.items()}
+    stored = {task: _task(task, results, logged[task], rows, options) for task in tasks}
+    record = Record(
+        name=name,
+        about=about,
+        command=command,
+        model=_model(_arguments(results)["pretrained"], logged, AttackCache(cache)),
+        tasks=stored,
+        defense=None if options.defense is None else options.defense.to_dict(),
+        seeds=_seeds(results, options, stored),
+        versions=dict(versions() if package_versions is None else package_versions),
+        environment=dict(machine() if environment is None else environment),
+    )
+    return Run(record, [row for task in tasks for row in rows[task]])
+
+
+def logged_results(directory: Path) -> dict[str, Any]:
+    """lmms-eval's own results file of the newest run. Raises SmoothGuardError without one."""
+    found = sorted(directory.rglob("*_results.json"))
+    if not found:
+        raise SmoothGuardError(f"no results file under {directory}; expected a run of lmms-eval with --output_path")
+    results: dict[str, Any] = json.loads(found[-1].read_text())
+    return results
+
+
+def logged_options(results: Mapping[str, Any]) -> Options:
+    """Defence and attack, as the run's `--model_args` had them."""
+    return take_options(_arguments(results))
+
+
+def is_right(sample: Sample, answer: str) -> bool:
+    """Whether `answer` is the sample's right answer."""
+    return normalize_answer(answer) == normalize_answer(sample.target)
+
+
+def _arguments(results: Mapping[str, Any]) -> dict[str, Any]:
+    text = results["config"]["model_args"]
+    return dict(part.split("=", 1) for part in text.split(",") if "=" in part)
+
+
+def _rows(name: str, task: str, samples: Sequence[Sample]) -> list[SampleRecord]:
+    # Reading the scenes also holds the log against the data: other questions than asked are refused there.
+    return sample_records(name, task, samples, scenes_of(task, samples) if is_embedded(task) else None)
+
+
+def _task(
+    task: str,
+    results: Mapping[str, Any],
+    samples: Sequence[Sample],
+    rows: Mapping[str, Sequence[SampleRecord]],
+    options: Options,
+) -> TaskRecord:
+    config = results.get("configs", {}).get(task, {})
+    attack = _attack(samples)
+    twin = _clean_twin(task, results, rows) if attack is not None else None
+    target = None if attack is None else attack.settings.get("target")
+    return TaskRecord(
+        data=_data(task, config, len(samples)),
+        attack=attack,
+        figures=figures_of(
+            rows[task], rows[twin] if twin is not None else (), target if target != _PER_SAMPLE else None
+        ),
+    )
+
+
+def _data(task: str, config: Mapping[str, Any], count: int) -> DataRecord:
+    """A file of ours by its place in the package and its digest, any other file by name and digest, a hub's by its id."""
+    split = config.get("test_split") or config.get("validation_split")
+    arguments = config.get("dataset_kwargs") or {}
+    files = arguments.get("data_files")
+    if files is not None:
+        path = PurePosixPath(files[split] if isinstance(files, Mapping) else files)
+        ours = tasks_path().joinpath(*path.parts[-3:])
+        if ours.is_file() and is_embedded(task):
+            return DataRecord(
+                source="/".join(("tasks", *path.parts[-3:])), sha256=sha256_of(ours), split=split, count=count
+            )
+        digest = sha256_of(Path(path)) if Path(path).is_file() else None
+        return DataRecord(source=path.name, sha256=digest, split=split, count=count)
+    source = ":".join(part for part in (config.get("dataset_path"), config.get("dataset_name")) if part)
+    return DataRecord(source=source or task, revision=arguments.get("revision"), split=split, count=count)
+
+
+def _attack(samples: Sequence[Sample]) -> AttackRecord | None:
+    """The settings as logged with every sample; one that differs between samples, such as a target, stands in their table."""
+    every = [sample.info.get("attack") for sample in samples]
+    if not any(every):
+        return None
+    if not all(every):
+        raise SmoothGuardError(f"{every.count(None)} of {len(every)} samples have no attack; expected all or none")
+    first = dict(every[0] or {})
+    settings = {
+        field: value if all((other or {}).get(field) == value for other in every) else _PER_SAMPLE
+        for field, value in first.items()
+    }
+    return AttackRecord(settings=settings, access=_access(settings["name"]), adaptive=bool(settings.get("eot")))
+
+
+def _access(name: str) -> Any:
+    from lmms_smoothguard import plugins
+
+    return "gradients" if getattr(plugins.load("attacks", name), "needs_gradients", True) else "scores"
+
+
+def _clean_twin(task: str, results: Mapping[str, Any], rows: Mapping[str, Sequence[SampleRecord]]) -> str | None:
+    """The run's task that asks the same of the same data, without an attack."""
+    configs = results.get("configs", {})
+
+    def asked(name: str) -> Any:
+        config = configs.get(name, {})
+        fields = ("dataset_path", "dataset_name", "dataset_kwargs", "test_split")
+        return [config.get(field) for field in fields], [(row.id, row.question) for row in rows[name]]
+
+    clean = [name for name in rows if all(row.attack_linf is None for row in rows[name])]
+    return next((name for name in clean if asked(name) == asked(task)), None)
+
+
+def _seeds(results: Mapping[str, Any], options: Options, tasks: Mapping[str, TaskRecord]) -> dict[str, int | None]:
+    found: dict[str, int | None] = {}
+    for stored in tasks.values():
+        if stored.attack is not None and "seed" in stored.attack.settings:
+            found["attack"] = stored.attack.settings["seed"]
+    if options.defense is not None and hasattr(options.defense.config, "seed"):
+        found["defense"] = options.defense.config.seed
+    for name, field in (("python", "random_seed"), ("numpy", "numpy_seed"), ("torch", "torch_seed")):
+        if field in results["config"]:
+            found[name] = results["config"][field]
+    return found
+
+
+def _model(pretrained: str, logged: Mapping[str, Sequence[Sample]], cache: AttackCache) -> ModelRecord:
+    """The model by name, its fingerprint from the attacks on it; the embedded one's is taken anew where nothing attacked it."""
+    keys = [samples[0].info.get("attack_key") for samples in logged.values()]
+    entries = [cache.get(key) for key in keys if key]
+    prints = {str(entry.record["model"]) for entry in entries if entry is not None and "model" in entry.record}
+    if len(prints) > 1:
+        raise SmoothGuardError(
+            f"the attacks were crafted on models {', '.join(sorted(prints))}; expected one model a run"
+        )
+    path = PurePosixPath(pretrained)
+    embedded = path.parts[-3:] == MODEL_DIR.parts[-3:]
+    if embedded and not prints and not any(keys):
+        prints = {_embedded_fingerprint()}
+    local = path.is_absolute() or pretrained.startswith((".", "~")) or Path(pretrained).is_dir()
+    name = EMBEDDED_MODEL if embedded else path.name if local else pretrained
+    return ModelRecord(name=name, fingerprint=next(iter(prints), None))
+
+
+def _embedded_fingerprint() -> str:
+    from transformers import AutoModelForImageTextToText
+
+    from lmms_smoothguard.attacks.craft import model_fingerprint
+
+    return model_fingerprint(AutoModelForImageTextToText.from_pretrained(MODEL_DIR))

@@ -1,0 +1,1 @@
+"""Sweeps: a grid of defences and attacks on one model, answered once and voted on in every way."""

