@@ -68,6 +68,7 @@ def test_no_bit_changes_outside_even_of_pixels_that_are_no_grey_levels(norm, sta
     found = attack.run(bright, clean)[0]
     mask = attack._masks(clean[0]).expand_as(found)
     assert torch.equal(found[~mask], clean[0][~mask])
+    assert torch.equal(attack.start(clean, 0)[0][~mask], clean[0][~mask])  # or an L2 budget would be spent there
     assert (found[mask] != clean[0][mask]).float().mean() > 0.2
 
 

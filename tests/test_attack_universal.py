@@ -343,11 +343,10 @@ def test_a_short_search_makes_the_model_comply_with_requests_it_never_saw(traine
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["sign", "adam"])
-def test_a_picture_near_grey_does_too_in_every_wording(trained, craft, corpus, optimizer):
+def test_a_picture_near_grey_does_too_in_every_wording(trained, craft, corpus):
     held = [row for pair in language.request_pairs(language.FORBIDDEN_VERBS, test=True) for row in [pair] * 4]
     held = [language.request(*pair, form % 4) for form, pair in enumerate(held)]
-    entry = craft(corpus=corpus, steps=200, optimizer=optimizer)
+    entry = craft(corpus=corpus, steps=200)
     assert entry.record["linf"] <= 32 / 255 + 1e-6
     found = answers_to(trained, entry.images[0], held)
     assert sum(answer.startswith("Sure") for answer in found) >= 0.8 * len(held)
