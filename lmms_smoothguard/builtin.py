@@ -12,7 +12,12 @@ def smoothguard_defenses() -> dict[str, str]:
 
 @hookimpl
 def smoothguard_attacks() -> dict[str, str]:
-    return {"pgd": "lmms_smoothguard.attacks.pgd:PGD"}
+    return {
+        "feature": "lmms_smoothguard.attacks.feature:Feature",
+        "patch": "lmms_smoothguard.attacks.patch:Patch",
+        "pgd": "lmms_smoothguard.attacks.pgd:PGD",
+        "universal": "lmms_smoothguard.attacks.universal:Universal",
+    }
 
 
 @hookimpl

@@ -39,6 +39,18 @@ class Attack(ABC):
     def __init__(self, settings: AttackSettings) -> None:
         self.settings = settings
 
+    @classmethod  # noqa: B027 - most attacks have nothing to refuse
+    def check(cls, settings: AttackSettings) -> None:
+        """Raises ConfigError for settings that do not go together; called as soon as they are made."""
+
+    @classmethod
+    def content(cls, settings: AttackSettings) -> Mapping[str, Any]:
+        """Options that only point at something (a file's path), by name, and what they point at: arrays or JSON.
+
+        The cache keys the content instead of the path.
+        """
+        return {}
+
     def objective(self, threat: Threat) -> Objective:
         """What this attack makes large: by default how far the model is from its answer, or how near to a target."""
         return AnswerLoss.against(threat, self.settings)

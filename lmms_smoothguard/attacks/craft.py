@@ -89,8 +89,8 @@ class Crafter:
             title = f"crafting {len(missing)} attacks"
             with (
                 tqdm(total=total, desc=title, unit="step", disable=self._quiet) as bar,
-                _frozen(self._model),
-                _deterministic(),
+                frozen(self._model),
+                deterministic(),
             ):
                 for batch in self._batches(missing):
                     entries |= self._craft_batch({key: missing[key] for key in batch}, bar)
@@ -99,7 +99,7 @@ class Crafter:
     def _key(self, job: Job) -> str:
         return content_key(
             format=FORMAT,
-            settings=job.settings.to_dict(),
+            **settings_parts(job.settings),
             code=plugins.provenance("attacks", job.settings.name),
             model=self.fingerprint,
             randomness=self._known_randomness(job.settings.eot),
@@ -147,7 +147,7 @@ class Crafter:
     def _craft_batch(self, jobs: Mapping[str, Job], bar: Any) -> dict[str, Entry]:
         first = next(iter(jobs.values()))
         settings, device = first.settings, self._model.device
-        clean = _pictures([job.images for job in jobs.values()], device)
+        clean = slots_of([job.images for job in jobs.values()], device)
         renderer = Renderer(self._processor, device, first.inputs[PIXELS].dtype)
         captured = {**first.inputs, PIXELS: torch.cat([job.inputs[PIXELS] for job in jobs.values()])}
         with torch.no_grad():
@@ -241,6 +241,15 @@ def _randomness_of(defense: Choice) -> Randomness | None:
     return getattr(plugins.load("defenses", defense.name), "randomness", None)
 
 
+def settings_parts(settings: AttackSettings) -> dict[str, Any]:
+    """What a key says of an attack's settings: whatever options only point at stands there by its content."""
+    attack: type[Attack] = plugins.load("attacks", settings.name)
+    with plugins.blame("attacks", settings.name):
+        content = attack.content(settings)
+    fields = {name: value for name, value in settings.to_dict().items() if name not in content}
+    return {"settings": fields, **{f"content of {name}": value for name, value in content.items()}}
+
+
 def model_fingerprint(model: Any) -> str:
     """A digest of the model's configs and of a sample of every parameter: which weights, without reading all of them."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
@@ -263,7 +272,7 @@ def _attackers_generator(seed: int, key: str, slot: int, draw: int) -> torch.Gen
     return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "big") >> 1)
 
 
-def _pictures(rows: Sequence[Sequence[Image.Image]], device: torch.device) -> Pictures:
+def slots_of(rows: Sequence[Sequence[Image.Image]], device: torch.device) -> Pictures:
     """Clean pictures as float slots (batch, 3, height, width)."""
     arrays = [[np.asarray(image.convert("RGB"), np.float32) / 255 for image in row] for row in rows]
     return tuple(
@@ -273,7 +282,7 @@ def _pictures(rows: Sequence[Sequence[Image.Image]], device: torch.device) -> Pi
 
 
 @contextlib.contextmanager
-def _deterministic() -> Iterator[None]:
+def deterministic() -> Iterator[None]:
     """Deterministic kernels where there are any: some on a GPU sum in whatever order their threads arrive."""
     enabled, warn_only = (
         torch.are_deterministic_algorithms_enabled(),
@@ -288,7 +297,7 @@ def _deterministic() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _frozen(model: Any) -> Iterator[None]:
+def frozen(model: Any) -> Iterator[None]:
     """No gradients for the weights, and evaluation mode, for the time of an attack."""
     training = model.training
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -71,6 +71,10 @@ class AttackSettings:
                 object.__setattr__(self, "options", own())
         elif not isinstance(self.options, own):
             raise ConfigError(f"the options of attack {self.name!r} are {self.options!r}; expected a {own.__name__}")
+        check = getattr(plugins.load("attacks", self.name), "check", None)
+        if check is not None:
+            with plugins.blame("attacks", self.name):
+                check(self)
 
     @classmethod
     def parse(cls, *layers: Any) -> AttackSettings:
@@ -89,8 +93,9 @@ class AttackSettings:
                 if field not in known:
                     raise ConfigError(f"unknown attack setting {field!r} of {name}; {did_you_mean(str(field), known)}")
             merged |= layer
-        parsed = {k: v if k in _TEXTS else parse_scalar(v) for k, v in merged.items()}
         own = options_of(name)
+        texts = {*_TEXTS, *_text_options(own)}
+        parsed = {k: v if k in texts else parse_scalar(v) for k, v in merged.items()}
         with plugins.blame("attacks", name):
             options = own(**{field: parsed.pop(field) for field in _names(own) & set(parsed)})
         return cls(**parsed | {"name": name, "options": options})
@@ -136,6 +141,11 @@ def all_fields() -> set[str]:
 
 def _names(options: type[Any]) -> set[str]:
     return {field.name for field in dataclasses.fields(options)}
+
+
+def _text_options(options: type[Any]) -> set[str]:
+    """Options declared as texts: "1/2" and "none" are no number and no None there."""
+    return {field.name for field in dataclasses.fields(options) if field.type in (str, str | None, "str", "str | None")}
 
 
 def _defaults(name: Any) -> dict[str, Any]:

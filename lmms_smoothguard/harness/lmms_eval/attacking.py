@@ -14,10 +14,11 @@ from lmms_eval.api.instance import Instance
 from PIL import Image
 
 from lmms_smoothguard.attacks.cache import AttackCache, Entry
-from lmms_smoothguard.attacks.craft import Crafter, Job
+from lmms_smoothguard.attacks.craft import Job
 from lmms_smoothguard.attacks.goals import goal
+from lmms_smoothguard.attacks.universal_crafter import UniversalCrafter
 from lmms_smoothguard.errors import AttackError
-from lmms_smoothguard.harness.lmms_eval import ledger
+from lmms_smoothguard.harness.lmms_eval import ledger, universal
 from lmms_smoothguard.harness.lmms_eval.instances import document_of, with_images
 from lmms_smoothguard.harness.lmms_eval.options import Options
 from lmms_smoothguard.harness.lmms_eval.planning import NO_ANSWER, NO_IMAGE, Plan, plan
@@ -40,16 +41,20 @@ def attacked_requests(
 
     `answer`: the wrapper's own, undefended answer to a request; `quiet`: no progress bars.
     """
-    plans, bare = plan(wrapper, requests, options)
+    together, others = universal.split(requests, options)
+    plans, bare = plan(wrapper, others, options) if others else ([], [])
     made = {id(request): _left_out(wrapper, request, NO_IMAGE, "") for request in bare}
-    if not plans:
+    if not plans and not together:
         return made
     if processor is None:
         raise AttackError(f"{type(wrapper).__name__} shows no processor; expected one to carry gradients to the pixels")
     tokenizer = getattr(processor, "tokenizer", None) or getattr(wrapper, "tokenizer", None)
     _check_targets(tokenizer, plans)
     cache = AttackCache(options.attack_cache)
-    crafter = Crafter(model, processor, cache, options.defense, options.attack_batch_size, quiet)
+    crafter = UniversalCrafter(model, processor, cache, options.defense, options.attack_batch_size, quiet)
+    way = universal.OrdinaryWay(wrapper, model, crafter.fingerprint, cache, answer, quiet)
+    for shown in universal.shown_requests(way, together, options, crafter, processor, tokenizer) if together else ():
+        made[id(shown.plan.request)] = _attacked(shown.plan, shown.plain, shown.entry, shown.arguments)
     jobs: list[tuple[Plan, PlainPass, Job]] = []
     for one, plain in _plain_passes(plans, model, crafter.fingerprint, cache, answer, quiet):
         job = _job(one, plain, tokenizer)
@@ -59,7 +64,8 @@ def attacked_requests(
             jobs.append((one, plain, job))
     entries = crafter.craft([job for _, _, job in jobs]) if jobs else []
     for (one, plain, _), entry in zip(jobs, entries, strict=True):
-        made[id(one.request)] = _attacked(wrapper, one, plain, entry)
+        pictures = [Image.fromarray(image) for image in entry.images]
+        made[id(one.request)] = _attacked(one, plain, entry, with_images(wrapper, one.request, pictures))
     return made
 
 
@@ -110,7 +116,7 @@ def _left_out(wrapper: Any, request: Instance, reason: str, clean_answer: str) -
     return dataclasses.replace(request, metadata={**request.metadata, INFO: info})
 
 
-def _attacked(wrapper: Any, one: Plan, plain: PlainPass, entry: Entry) -> Instance:
+def _attacked(one: Plan, plain: PlainPass, entry: Entry, arguments: tuple[Any, ...]) -> Instance:
     info = {
         "attack": entry.record["attack"],
         "attack_key": entry.key,
@@ -121,9 +127,8 @@ def _attacked(wrapper: Any, one: Plan, plain: PlainPass, entry: Entry) -> Instan
         "clean_answer": plain.text,
     }
     ledger.record(one.request.task_name, one.doc, ledger.Note(plain.text))
-    pictures = [Image.fromarray(image) for image in entry.images]
     return dataclasses.replace(
         one.request,
-        arguments=with_images(wrapper, one.request, pictures),
+        arguments=arguments,
         metadata={**one.request.metadata, INFO: info},
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -79,3 +80,48 @@ def with_images(wrapper: Any, request: Instance, pictures: Sequence[Image.Image]
     swapped = list(request.args)
     swapped[place] = visuals if getattr(wrapper, "is_simple", True) else messages
     return tuple(swapped)
+
+
+def with_picture_added(wrapper: Any, request: Instance, picture: Image.Image) -> tuple[Any, ...]:
+    """The arguments of a request of text alone with one picture, at the beginning of the first user turn."""
+    place = _place_of_media(wrapper)
+    own: Callable[..., Any] = request.args[place]
+
+    def messages(doc: Any, *args: Any, **kwargs: Any) -> Any:
+        made = own(doc, *args, **kwargs)
+        user = next(message for message in made if message["role"] == "user")
+        content = user["content"]
+        text = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+        user["content"] = [{"type": "image", "url": picture}, *text]
+        return made
+
+    swapped = list(request.args)
+    swapped[place] = (lambda doc, *args, **kwargs: [picture]) if getattr(wrapper, "is_simple", True) else messages
+    return tuple(swapped)
+
+
+def texts_of(wrapper: Any, request: Instance) -> list[str]:
+    """What a request asks: its context, and the text parts of its user turns."""
+    texts = [request.args[0]]
+    if not getattr(wrapper, "is_simple", True):
+        for message in request.args[_place_of_media(wrapper)](document_of(wrapper, request)):
+            content = message["content"] if message["role"] == "user" else ""
+            parts = [content] if isinstance(content, str) else [part.get("text") for part in content]
+            texts += ["".join(part for part in parts if part), *(part for part in parts if part)]
+    return [text for text in texts if isinstance(text, str)]
+
+
+def as_asked(wrapper: Any, request: Instance, text: str, picture: Image.Image) -> Instance:
+    """Another question about another picture, asked as a request is: its settings and system turns, one new token."""
+    own: Callable[..., Any] = request.args[_place_of_media(wrapper)]
+
+    def messages(doc: Any, *args: Any, **kwargs: Any) -> Any:
+        system = [message for message in own(doc, *args, **kwargs) if message["role"] == "system"]
+        content = [{"type": "image", "url": picture}, {"type": "text", "text": text}]
+        return [*system, {"role": "user", "content": content}]
+
+    swapped = [{**part, "max_new_tokens": 1} if isinstance(part, dict) else part for part in request.args]
+    simple = getattr(wrapper, "is_simple", True)
+    swapped[_place_of_media(wrapper)] = (lambda doc, *args, **kwargs: [picture]) if simple else messages
+    swapped[0] = text
+    return dataclasses.replace(request, arguments=tuple(swapped))

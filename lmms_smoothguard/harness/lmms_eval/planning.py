@@ -71,7 +71,7 @@ def plan(wrapper: Any, requests: Sequence[Instance], options: Options) -> tuple[
             "%s given, but no task of this run asks for an attack: nothing is attacked without attack=...", given
         )
     _refuse_bare_tasks(plans, bare)
-    _refuse_duplicates(plans)
+    refuse_duplicates(plans)
     return plans, bare
 
 
@@ -128,7 +128,7 @@ def _refuse_bare_tasks(plans: Sequence[Plan], bare: Sequence[Instance]) -> None:
             )
 
 
-def _refuse_duplicates(plans: Sequence[Plan]) -> None:
+def refuse_duplicates(plans: Sequence[Plan]) -> None:
     """Scores of a task that asks for its attack itself are found by document: two that look alike would share them."""
     seen: dict[tuple[str, str], set[Any]] = defaultdict(set)
     for made in plans:

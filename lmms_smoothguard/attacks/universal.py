@@ -1,0 +1,200 @@
+"""One picture for a whole corpus (Qi et al. 2023, "Visual Adversarial Examples Jailbreak Aligned Large Language Models")."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+
+from lmms_smoothguard.attacks.base import Attack, value_and_gradients
+from lmms_smoothguard.attacks.corpus import load_corpus
+from lmms_smoothguard.attacks.files import find_file, load_picture
+from lmms_smoothguard.attacks.objective import Threat
+from lmms_smoothguard.attacks.pictures import Objective, Pictures, Progress
+from lmms_smoothguard.attacks.settings import AttackSettings
+from lmms_smoothguard.errors import AttackError, ConfigError, did_you_mean
+
+OPTIMIZERS = ("adam", "sign")
+_GREY = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UniversalOptions:
+    """corpus: where the pairs of instruction and response stand (`corpus.load_corpus`); base: path of the picture to start
+    from, None = mid-grey; size: side of the grey square, None = what the model's image processor asks for; batch: pairs a
+    step; optimizer: "sign" (signed gradients, as Qi et al.) or "adam", both with a step that falls to a tenth."""
+
+    corpus: str | None = None
+    base: str | None = None
+    size: int | None = None
+    batch: int = 8
+    optimizer: str = "sign"
+
+    def __post_init__(self) -> None:
+        for name, expected in (("corpus", "a file or a Hugging Face data set"), ("base", "the path of a picture")):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value.strip()):
+                raise ConfigError(f"attack {name} is {value!r}; expected {expected}")
+        for name, value in (("batch", self.batch), ("size", 1 if self.size is None else self.size)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"attack {name} is {value!r}; expected a whole number of at least 1")
+        if self.base is not None and self.size is not None:
+            raise ConfigError(f"attack size is {self.size!r}, but base {self.base!r} has a size; expected one of them")
+        if self.optimizer not in OPTIMIZERS:
+            raise ConfigError(
+                f"attack optimizer is {self.optimizer!r}; {did_you_mean(str(self.optimizer), OPTIMIZERS)}"
+            )
+
+
+class Universal(Attack):
+    """Stochastic steps on one picture: every step asks the objective for minibatches anew."""
+
+    options = UniversalOptions
+    defaults = MappingProxyType({"eps": 32 / 255, "steps": 500})
+
+    @classmethod
+    def check(cls, settings: AttackSettings) -> None:
+        """Refuses what one picture for a corpus has no use for."""
+        if settings.target is not None:
+            raise ConfigError(
+                f"attack target is {settings.target!r}; attack=universal forces the responses of its corpus. Expected a corpus"
+            )
+        if settings.restarts != 1:
+            raise ConfigError(
+                f"attack restarts is {settings.restarts!r}; attack=universal makes one, expected 1 or other seeds"
+            )
+        if settings.norm != "linf":
+            raise ConfigError(f"attack norm is {settings.norm!r}; attack=universal knows linf alone")
+
+    @classmethod
+    def content(cls, settings: AttackSettings) -> Mapping[str, Any]:
+        """The corpus and the picture it starts from."""
+        own = settings.options
+        found: dict[str, Any] = {"corpus": [list(pair) for pair in corpus_of(settings)]}
+        return found | ({} if own.base is None else {"base": _pixels(own.base)})
+
+    def objective(self, threat: Threat) -> Objective:
+        """Refused: a request has no picture of its own here."""
+        raise AttackError(
+            "attack=universal makes one picture for a corpus, not one for a request; expected a universal crafter "
+            "(lmms-eval's attack=universal), or attack=pgd with a target"
+        )
+
+    def start(self, clean: Pictures, number: int) -> Pictures:
+        """Near the base: a wide ball's middle is a better beginning than its corners."""
+        if not self.settings.random_start:
+            return clean
+        offsets = super().start(clean, number)
+        return tuple(slot + _START * (new - slot) for new, slot in zip(offsets, clean, strict=True))
+
+    def search(self, objective: Objective, clean: Pictures, start: Pictures, progress: Progress) -> Pictures:
+        """Projected Adam or signed gradients; `objective` may be the sum of parts, each with a graph of its own."""
+        leaves = [slot.clone() for slot in start]
+        adam = torch.optim.Adam(leaves, lr=self.rate)
+        for number in range(self.settings.steps):
+            parts = objective.parts() if isinstance(objective, InParts) else [objective]
+            values, gradients = _summed(parts, tuple(leaves), first=number == 0)
+            rate = self.rate * (1 - 0.9 * number / self.settings.steps)
+            if self.settings.options.optimizer == "adam":
+                adam.param_groups[0]["lr"] = rate
+                for leaf, towards in zip(leaves, gradients, strict=True):
+                    leaf.grad = -towards
+                adam.step()
+            else:
+                for leaf, towards in zip(leaves, gradients, strict=True):
+                    leaf += rate * towards.sign()
+            for leaf, old in zip(leaves, clean, strict=True):
+                leaf.copy_(self.project(leaf, old))
+            progress(number + 1, values)
+        return tuple(leaves)
+
+    @property
+    def rate(self) -> float:
+        """The first step's length in [0, 1] pixel units."""
+        return self.settings.step_size or min(0.03, max(self.settings.eps / 12, 0.5 / 255))
+
+
+_START = 0.05
+
+
+class InParts:
+    """An objective that is a sum, drawn anew for every step: gradients are taken part by part, so that memory holds one."""
+
+    def __init__(self, draw: Callable[[], Sequence[Objective]]) -> None:
+        self.parts = draw
+
+    def __call__(self, pictures: Pictures) -> torch.Tensor:
+        """(batch,): the sum of one draw."""
+        return torch.stack([part(pictures) for part in self.parts()]).sum(0)
+
+
+def _summed(parts: Sequence[Objective], pictures: Pictures, *, first: bool) -> tuple[torch.Tensor, Pictures]:
+    found = [value_and_gradients(part, pictures, first=first) for part in parts]
+    values, gradients = zip(*found, strict=True)
+    return torch.stack(values).sum(0), tuple(torch.stack(slots).sum(0) for slots in zip(*gradients, strict=True))
+
+
+class Minibatches:
+    """Draws of `count` different members, seeded and uniform, split into those that can share a forward pass.
+
+    groups: members by whatever their shapes have in common.
+    """
+
+    def __init__(self, groups: Mapping[Any, Sequence[int]], count: int, seed: int) -> None:
+        self._group_of = {member: place for place, group in enumerate(groups.values()) for member in group}
+        self._count, self._random = count, np.random.default_rng(seed)
+
+    def draw(self) -> list[list[int]]:
+        """Members, group by group."""
+        drawn: dict[int, list[int]] = defaultdict(list)
+        for member in self._random.choice(sorted(self._group_of), size=self._count, replace=False).tolist():
+            drawn[self._group_of[member]].append(member)
+        return list(drawn.values())
+
+
+def corpus_of(settings: AttackSettings) -> tuple[Any, ...]:
+    """The corpus that settings name. Raises ConfigError where they name none."""
+    if settings.options.corpus is None:
+        raise ConfigError(
+            "attack=universal has no corpus; expected attack_corpus=<file or data set of instruction and response>"
+        )
+    return load_corpus(settings.options.corpus)
+
+
+def base_picture(settings: AttackSettings, processor: Any) -> np.ndarray:
+    """(height, width, 3) uint8: the picture that the search starts from and its budget is measured from."""
+    own = settings.options
+    if own.base is not None:
+        return _pixels(own.base)
+    height, width = (own.size, own.size) if own.size is not None else _native_size(processor)
+    return np.full((height, width, 3), _GREY, np.uint8)
+
+
+def _native_size(processor: Any) -> tuple[int, int]:
+    """What an image processor crops or resizes to, where it says so in height and width; else CLIP-L's 336."""
+    image_processor = getattr(processor, "image_processor", processor)
+    for name in ("crop_size", "size"):
+        size = getattr(image_processor, name, None)
+        height, width = getattr(size, "height", None), getattr(size, "width", None)
+        if isinstance(size, Mapping):
+            height, width = size.get("height"), size.get("width")
+        if height and width:
+            return int(height), int(width)
+    return 336, 336
+
+
+def _pixels(path: str) -> np.ndarray:
+    file = find_file(path, "base")
+    return _read(file, file.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)
+def _read(file: Path, _changed: int) -> np.ndarray:
+    return load_picture(file, "base")
