@@ -12,7 +12,7 @@ import typer
 
 from lmms_smoothguard.attacking.command import attack
 from lmms_smoothguard.errors import SmoothGuardError, did_you_mean, explain
-from lmms_smoothguard.report.command import compare, pool
+from lmms_smoothguard.report.command import compare, pool, record
 from lmms_smoothguard.sweeps.command import sweep
 
 app = typer.Typer(
@@ -111,6 +111,7 @@ def results(
 
 
 app.command()(sweep)
+app.command()(record)
 app.command()(compare)
 app.command()(pool)
 

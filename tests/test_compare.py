@@ -1,4 +1,4 @@
-"""`smoothguard compare` and `smoothguard pool`, on the committed results and on runs of several seeds."""
+"""`smoothguard record`, `compare` and `pool`: on handwritten logs, the committed results and runs of several seeds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from test_differences import a_run
+from test_logs import GUARD, attack_info, judged, pope, row, write
 from typer.testing import CliRunner
 
 from lmms_smoothguard.cli import app
@@ -28,6 +29,42 @@ def told(*arguments):
 
 def refused(*arguments):
     return str(ask(*arguments).exception)
+
+
+def test_runs_of_lmms_eval_are_recorded_and_compared(tmp_path):
+    def attacked(*rights):
+        outcomes = [{"question_id": str(n), "right": bool(r), "clean_right": True} for n, r in enumerate(rights)]
+        words = ["Yes" if r else "No" for r in rights]
+        return [row(n, word, attack_info(), **pope(word, number=n), asr=outcomes[n]) for n, word in enumerate(words)]
+
+    for name, rights in (("plain", (0, 0, 0, 1)), ("mine", (1, 1, 0, 1))):
+        write(
+            tmp_path / name,
+            {"t": attacked(*rights)},
+            arguments="sigma=0.2,judge=guard//home/me/guard,attack_cache=/home/me/c",
+        )
+        done = told(
+            "record", tmp_path / name, "--tasks", "t", "--name", name, "--out", tmp_path, "--cache", tmp_path / "c"
+        )
+        assert done.split() == [str(tmp_path / f"{name}.json")]
+    assert "/home" not in (tmp_path / "mine.json").read_text()
+    assert read_record(tmp_path / "mine.json").command.startswith(
+        "lmms-eval --model smoothguard_... --model_args pretrained="
+    )
+    assert told("compare", tmp_path / "plain.json", tmp_path / "mine.json").startswith(
+        "asr of t, plain minus mine: +50.0"
+    )
+    assert "expected each task once" in refused("record", tmp_path / "mine", "--tasks", "t,t", "--name", "x")
+    assert "no samples of u in the newest run" in refused("record", tmp_path / "mine", "--tasks", "u", "--name", "x")
+
+
+def test_unsafe_rates_are_compared_where_every_answer_has_an_opinion(tmp_path):
+    for name, words in (("a", ("unsafe", "unsafe")), ("b", ("safe", "unsafe")), ("c", ("safe", "unjudged"))):
+        write(tmp_path / name, {"t": [judged(n, refused=False, guard=word) for n, word in enumerate(words)]})
+        told("record", tmp_path / name, "--tasks", "t", "--name", name, "--out", tmp_path)
+    a, b, c = (tmp_path / f"{name}.json" for name in "abc")
+    assert told("compare", a, b, "--rate", "unsafe_rate").startswith("unsafe_rate of t, a minus b: +50.0")
+    assert f"c: t[1] has no verdict ({GUARD}: unjudged)" in refused("compare", a, c, "--rate", "unsafe_rate")
 
 
 def test_two_runs_are_compared_by_the_samples_they_share():

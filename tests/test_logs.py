@@ -12,7 +12,7 @@ from lmms_smoothguard.evaluation.rates import rate
 from lmms_smoothguard.evaluation.records import read_run, write_run
 from lmms_smoothguard.evaluation.runs import Sample, load_samples, read_log, sample_records
 from lmms_smoothguard.report.documents import documents
-from lmms_smoothguard.report.logs import is_right, run_of_logs
+from lmms_smoothguard.report.logs import _without_path, is_right, run_of_logs
 
 STAMP = "20261121_100000"
 GUARD = "guard/org/guard"
@@ -221,6 +221,15 @@ def test_a_sample_that_could_not_be_attacked_leaves_the_others_reportable(tmp_pa
     log.write_text("\n".join(map(json.dumps, [attacked[1], clean[0]])))
     with pytest.raises(SmoothGuardError, match="1 of 2 samples of shapes_pope_pgd have neither an attack nor a reason"):
         run_of(tmp_path, "shapes_pope_pgd")
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [("/home/me/x", "x"), ("~/x", "x"), ("guard//home/me/x?batch=2", "guard/x?batch=2"), ("refusal+guard/~/x", "refusal+guard/x"),
+     ("org/model", "org/model"), ("4/255", "4/255"), ("guard/org/x", "guard/org/x"), ("http://a/b", "http://a/b"), (0.1, 0.1)],
+)  # fmt: skip
+def test_what_is_recorded_has_no_path_of_a_machine(value, plain):
+    assert _without_path(value) == plain
 
 
 def test_files_in_an_attacks_settings_lose_their_path(tmp_path):

@@ -11,7 +11,7 @@ from lmms_smoothguard.attacks.settings import AttackSettings
 from lmms_smoothguard.evaluation.figures import Figure
 from lmms_smoothguard.evaluation.rates import rate
 from lmms_smoothguard.evaluation.records import AttackRecord, DataRecord, ModelRecord, Record, TaskRecord
-from lmms_smoothguard.evaluation.titles import attack_title
+from lmms_smoothguard.evaluation.titles import attack_access, attack_title
 from lmms_smoothguard.report.documents import base_task, documents
 from lmms_smoothguard.report.tables import table_rows
 
@@ -41,6 +41,7 @@ class OtherOptions:
 
 class Other:
     options = OtherOptions
+    needs_gradients = False
 
 
 def test_options_are_shown_where_they_are_not_the_attacks_own_defaults(monkeypatch):
@@ -50,6 +51,9 @@ def test_options_are_shown_where_they_are_not_the_attacks_own_defaults(monkeypat
     assert attack_title(stored) == "OTHER-5, 255/255, size=0.1"
     other = stored | {"size": 0.05, "feedback": "answers", "corpus": "/home/me/corpus.parquet"}
     assert attack_title(other) == "OTHER-5, 255/255, feedback=answers, corpus=corpus.parquet"
+    assert attack_access(stored) == "scores"
+    assert attack_access(other) == "answers"
+    assert attack_access({"name": "pgd"}) == "gradients"
     monkeypatch.undo()
     assert attack_title(stored) == "OTHER-5, 255/255, feedback=scores, size=0.1"  # not installed: everything
 

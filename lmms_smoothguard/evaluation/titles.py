@@ -1,4 +1,4 @@
-"""What an attack is called in a table, a log or a page: by what tells it from others."""
+"""What an attack is called in a table, a log or a page: by what tells it from others; and what it knows of the model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Mapping
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Literal
 
 from lmms_smoothguard import plugins
 from lmms_smoothguard.errors import SmoothGuardError
@@ -36,6 +36,14 @@ def attack_title(settings: Mapping[str, Any]) -> str:
             continue
         parts.append(f"{value} {name}" if name in ("loss", "restarts") else f"{name}={_short(value)}")
     return ", ".join(parts)
+
+
+def attack_access(settings: Mapping[str, Any]) -> Literal["gradients", "scores", "answers"]:
+    """What the attacker of flat settings uses of the model (`AttackRecord.access`): its gradients, else its scores, or answers alone
+    where the option `feedback` says so. Raises ConfigError for an attack that is not installed here."""
+    if getattr(plugins.load("attacks", settings["name"]), "needs_gradients", True):
+        return "gradients"
+    return "answers" if settings.get("feedback") == "answers" else "scores"
 
 
 def _defaults(name: str) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""`smoothguard compare` and `smoothguard pool`: one rate of two runs apart, or of several seeds together, from result files."""
+"""`smoothguard record`, `compare` and `pool`: result files of lmms-eval's runs, one rate of two of them apart, or of several
+seeds together."""
 
 from __future__ import annotations
 
@@ -21,6 +22,31 @@ _RATE = typer.Option(
     help="accuracy, asr, recovery, suspected or unsafe_rate; asr where the task is attacked, else accuracy."
 )
 _JSON = typer.Option("--json", help="The figure as result files have it.")
+
+
+def record(
+    directory: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR", help="lmms-eval's --output_path, with --log_samples.")
+    ],
+    tasks: Annotated[str, typer.Option(help="Of the newest run there, such as pope,pope_pgd.")],
+    name: Annotated[str, typer.Option(help="Of the result file, without .json.")],
+    out: Annotated[Path, typer.Option(help="Directory of the result file; samples go to `samples` in it.")] = Path(
+        "runs/records"
+    ),
+    about: Annotated[str, typer.Option(help="A line for a reader.")] = "",
+    cache: Annotated[Path | None, typer.Option(help="The run's attack cache, where it was moved since.")] = None,
+) -> None:
+    """Write a run of lmms-eval on a smoothguard_* model as a result file: settings, data, figures with intervals, samples.
+
+    Versions and processor are those of this machine, so record a run where it was made.
+    """
+    from lmms_smoothguard.evaluation.records import write_run
+    from lmms_smoothguard.report.logs import run_of_logs
+
+    asked = [task.strip() for task in tasks.split(",") if task.strip()]
+    if not asked or len(set(asked)) < len(asked):
+        raise ConfigError(f"--tasks is {tasks!r}; expected each task once, such as pope,pope_pgd")
+    typer.echo(write_run(out, *run_of_logs(directory, asked, name=name, about=about, cache=cache)))
 
 
 def compare(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,6 +16,7 @@ from lmms_smoothguard.evaluation.records import AttackRecord, DataRecord, ModelR
 from lmms_smoothguard.evaluation.runs import Sample, newest_results, read_log, sample_records, samples_beside
 from lmms_smoothguard.evaluation.samples import SampleRecord, sha256_of
 from lmms_smoothguard.evaluation.summaries import figures_of
+from lmms_smoothguard.evaluation.titles import attack_access
 from lmms_smoothguard.harness.lmms_eval.discovery import tasks_path
 from lmms_smoothguard.harness.lmms_eval.options import Options, take_options
 from lmms_smoothguard.report.documents import is_embedded, scenes_of
@@ -30,14 +32,15 @@ def run_of_logs(
     *,
     name: str,
     about: str,
-    command: str,
-    cache: Path,
+    command: str | None = None,
+    cache: Path | None = None,
     environment: Mapping[str, Any] | None = None,
     package_versions: Mapping[str, str | None] | None = None,
 ) -> Run:
     """The record and samples of the newest run under `directory`, a `--output_path` with `--log_samples`: of that one alone.
 
-    cache: its attack cache, which knows the model's fingerprint. environment, package_versions: of the machine that ran it;
+    command: what runs it again, None = from the log; cache: its attack cache, which knows the model's fingerprint, None = as
+    the run's arguments have it. environment, package_versions: of the machine that ran it;
     None for this one. Raises SmoothGuardError where that run has no log of a task, or the data have changed since.
     """
     newest = newest_results(directory)
@@ -49,8 +52,8 @@ def run_of_logs(
     record = Record(
         name=name,
         about=about,
-        command=command,
-        model=_model(_arguments(results)["pretrained"], logged, AttackCache(cache)),
+        command=_command(results, tasks) if command is None else command,
+        model=_model(_arguments(results)["pretrained"], logged, AttackCache(cache or options.attack_cache)),
         tasks=stored,
         defense=None if options.defense is None else options.defense.to_dict(),
         seeds=_seeds(results, options, stored),
@@ -82,6 +85,17 @@ def is_right(sample: Sample, answer: str) -> bool:
 def _arguments(results: Mapping[str, Any]) -> dict[str, Any]:
     text = results["config"]["model_args"]
     return dict(part.split("=", 1) for part in text.split(",") if "=" in part)
+
+
+def _command(results: Mapping[str, Any], tasks: Sequence[str]) -> str:
+    """lmms-eval's command line as far as its results file tells it, without a machine's paths."""
+    config = results["config"]
+    arguments = ",".join(f"{key}={_without_path(value)}" for key, value in _arguments(results).items())
+    limit = f" --limit {config['limit']:g}" if config.get("limit") else ""
+    return (
+        f"lmms-eval --model {config.get('model', 'smoothguard_...')} --model_args {arguments} --tasks {','.join(tasks)}"
+        f"{limit} --log_samples --output_path runs"
+    )
 
 
 def _rows(name: str, task: str, samples: Sequence[Sample]) -> list[SampleRecord]:
@@ -147,17 +161,14 @@ def _attack(task: str, samples: Sequence[Sample]) -> AttackRecord | None:
         field: _without_path(value) if all((other or {}).get(field) == value for other in every) else _PER_SAMPLE
         for field, value in dict(every[0] or {}).items()
     }
-    return AttackRecord(settings=settings, access=_access(settings["name"]), adaptive=bool(settings.get("eot")))
+    return AttackRecord(settings=settings, access=attack_access(settings), adaptive=bool(settings.get("eot")))
 
 
 def _without_path(value: Any) -> Any:
-    return PurePosixPath(value).name if isinstance(value, str) and PurePosixPath(value).is_absolute() else value
-
-
-def _access(name: str) -> Any:
-    from lmms_smoothguard import plugins
-
-    return "gradients" if getattr(plugins.load("attacks", name), "needs_gradients", True) else "scores"
+    """`x` of `/home/me/x` and `guard/x` of the judge `guard//home/me/x`; hubs' ids and whatever else as it is."""
+    if not isinstance(value, str) or "://" in value:
+        return value
+    return re.sub(r"(?<![^/+])[/~][^+?]*/", "", value)
 
 
 def _clean_twin(task: str, results: Mapping[str, Any], rows: Mapping[str, Sequence[SampleRecord]]) -> str | None:

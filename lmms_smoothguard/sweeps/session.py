@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from lmms_smoothguard import plugins
 from lmms_smoothguard.evaluation.figures import Figure
 from lmms_smoothguard.evaluation.machine import machine, versions
 from lmms_smoothguard.evaluation.questions import Questions
 from lmms_smoothguard.evaluation.records import AttackRecord, DataRecord, ModelRecord, TaskRecord
 from lmms_smoothguard.evaluation.samples import SampleRecord
+from lmms_smoothguard.evaluation.titles import attack_access
 from lmms_smoothguard.subject import Subject
 from lmms_smoothguard.sweeps.collect import Answers, Collector
 from lmms_smoothguard.sweeps.figures import by_poisoned_copies, differences, rates
@@ -105,13 +103,10 @@ def _task(condition: Condition, questions: Questions) -> TaskRecord:
     attack = condition.attack
     if attack is None:
         return TaskRecord(data=data)
-    gradients = plugins.load("attacks", attack.name).needs_gradients
-    settings: Mapping[str, Any] = attack.to_dict()
+    settings = attack.to_dict()
     return TaskRecord(
         data=data,
-        attack=AttackRecord(
-            settings=dict(settings), access="gradients" if gradients else "scores", adaptive=attack.eot > 0
-        ),
+        attack=AttackRecord(settings=settings, access=attack_access(settings), adaptive=attack.eot > 0),
     )
 
 
