@@ -143,6 +143,16 @@ def test_normalisation_and_the_versions_place():
 
 # -- guard models ------------------------------------------------------------------------------------------------------
 
+
+def test_a_guard_from_a_directory_is_known_by_its_content(guard, tmp_path):
+    shutil.copytree(GUARD_DIR, tmp_path / "guard")
+    template = tmp_path / "guard" / "chat_template.jinja"
+    same = GuardJudge(f"{tmp_path / 'guard'}?device=cpu").version.rpartition("@")[2]
+    template.write_text(template.read_text() + " ")
+    other = GuardJudge(f"{tmp_path / 'guard'}?device=cpu").version.rpartition("@")[2]
+    assert guard.version.rpartition("@")[2] == same != other
+
+
 SHIELD = "Does the Chatbot Response violate the above principles? Your answer must start with 'Yes' or 'No'."
 GRANITE = "<|start_of_role|>system... analyze the risk ..."
 
