@@ -334,6 +334,14 @@ def test_a_target_on_a_vqa_task_with_stop_words(tmp_path):
     assert summary["attacks"] == ["pgd, 20 steps, linf 16/255"]
 
 
+def test_a_run_is_never_scored_by_the_attacks_of_an_earlier_one(tmp_path, monkeypatch):
+    """The stock model is not attacked, and has no rate under attack to report."""
+    miniatures.run(tmp_path, ["shapes_pope_pgd"], limit=1, attack_steps=1)
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)  # between lmms-eval's five attempts
+    with pytest.raises(SmoothGuardError, match="no record of an attack"):
+        miniatures.run(tmp_path, ["shapes_pope_pgd"], limit=1, model="llava_hf", device_map="cpu", device="cpu")
+
+
 @pytest.mark.parametrize("task", ["shapes_pope_pgd", "shapes_safety_pgd"])
 def test_a_model_that_reasons_aloud_is_scored_by_its_answer_clean_and_attacked(tmp_path, monkeypatch, task):
     """The command line has lmms-eval take reasoning out of final answers; the clean ones are treated alike."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,19 +155,31 @@ def install() -> None:
         model, task_dict = given.get("lm"), given.get("task_dict", {})
         outcomes: Outcomes | None = getattr(model, "_sg_outcomes", None)
         if model is None or outcomes is None:
-            return evaluate(*args, **kwargs)
+            return _with_reason(evaluate, *args, **kwargs)
         outcomes.clear()
         if given.get("limit") == 0:
             raise ConfigError("limit is 0, so there is no sample to answer; expected 1 or more, or no limit")
         if given.get("response_cache") is not None:
             _refuse_cached_answers(model, task_dict)
         model._sg_finisher = Finisher(task_dict, given.get("cli_args"))
-        results = evaluate(*args, **kwargs)
+        results = _with_reason(evaluate, *args, **kwargs)
         add(results, _of_all_processes(outcomes))
         return results
 
     setattr(reported, _MARK, True)
     evaluator.evaluate, evaluator.get_task_dict = reported, loaded
+
+
+def _with_reason(evaluate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """lmms-eval tries a scorer that raises five times, and then says RetryError: what we raise, the user shall read."""
+    try:
+        return evaluate(*args, **kwargs)
+    except Exception as error:
+        attempt = getattr(error, "last_attempt", None)
+        reason = attempt.exception() if attempt is not None else None
+        if isinstance(reason, SmoothGuardError):
+            raise reason from error
+        raise
 
 
 def _names(tasks: Any) -> str:
