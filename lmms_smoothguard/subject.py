@@ -61,7 +61,7 @@ class Subject:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Of configs and weights, as attacks make it."""
-        from lmms_smoothguard.attacks.craft import model_fingerprint
+        from lmms_smoothguard.fingerprint import model_fingerprint
 
         return model_fingerprint(self.model)
 

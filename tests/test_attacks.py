@@ -10,7 +10,7 @@ from PIL import Image
 
 from lmms_smoothguard import plugins
 from lmms_smoothguard.attacks.cache import AttackCache, content_key
-from lmms_smoothguard.attacks.craft import Crafter, Job, model_fingerprint
+from lmms_smoothguard.attacks.craft import Crafter, Job
 from lmms_smoothguard.attacks.objective import AnswerLoss, Threat, answer_ids
 from lmms_smoothguard.attacks.pgd import PGD
 from lmms_smoothguard.attacks.pictures import distances
@@ -19,6 +19,7 @@ from lmms_smoothguard.attacks.settings import AttackSettings
 from lmms_smoothguard.choice import choose
 from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.errors import AttackError
+from lmms_smoothguard.fingerprint import model_fingerprint
 
 YES_NO = {"yes": " No", "no": " Yes"}
 

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import json
 import logging
 import time
 from collections import defaultdict
@@ -33,14 +32,12 @@ from lmms_smoothguard.attacks.rendering import EXACT_ENOUGH, Renderer
 from lmms_smoothguard.attacks.settings import AttackSettings
 from lmms_smoothguard.choice import Choice
 from lmms_smoothguard.errors import AttackError
+from lmms_smoothguard.fingerprint import model_fingerprint
 from lmms_smoothguard.inputs.media import find_images
 from lmms_smoothguard.inputs.statistics import PixelStatistics, pixel_statistics
 from lmms_smoothguard.noise import Draw, Randomness
 
 log = logging.getLogger(__name__)
-
-# Of a generation config: no plain answer hangs on these.
-_INERT = ("smoothguard", "transformers_version", "_from_model_config")
 
 
 @dataclass(frozen=True)
@@ -248,22 +245,6 @@ def settings_parts(settings: AttackSettings) -> dict[str, Any]:
         content = attack.content(settings)
     fields = {name: value for name, value in settings.to_dict().items() if name not in content}
     return {"settings": fields, **{f"content of {name}": value for name, value in content.items()}}
-
-
-def model_fingerprint(model: Any) -> str:
-    """A digest of the model's configs and of a sample of every parameter: which weights, without reading all of them."""
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    generation = {k: v for k, v in model.generation_config.to_dict().items() if k not in _INERT}
-    hasher = hashlib.sha256(
-        json.dumps([type(model).__name__, config, generation], default=str, sort_keys=True).encode()
-    )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            flat = parameter.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy()
-            hasher.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-            hasher.update(sample.tobytes())
-    return hasher.hexdigest()[:32]
 
 
 def _attackers_generator(seed: int, key: str, slot: int, draw: int) -> torch.Generator:

@@ -47,7 +47,7 @@ _CONFIG: dict[str, Any] = {"extra": "forbid", "strict": True, "allow_inf_nan": F
 @dataclass(frozen=True, kw_only=True)
 class ModelRecord:
     """name: the id on a hub, or the last part of a directory's path; fingerprint: of the weights, as attacks make it
-    (`attacks.craft.model_fingerprint`), None where it was not taken."""
+    (`fingerprint.model_fingerprint`), None where it was not taken."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _CONFIG
     name: str

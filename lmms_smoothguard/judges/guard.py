@@ -161,7 +161,7 @@ def _template(tokenizer: Any, name: str) -> str:
 
 def _content(model: Any, template: str) -> str:
     """What a directory's name does not say: which weights, and what they are asked."""
-    from lmms_smoothguard.attacks.craft import model_fingerprint
+    from lmms_smoothguard.fingerprint import model_fingerprint
 
     return hashlib.sha256(f"{model_fingerprint(model)} {template}".encode()).hexdigest()[:16]
 

@@ -221,6 +221,6 @@ def _model(pretrained: str, logged: Mapping[str, Sequence[Sample]], cache: Attac
 def _embedded_fingerprint() -> str:
     from transformers import AutoModelForImageTextToText
 
-    from lmms_smoothguard.attacks.craft import model_fingerprint
+    from lmms_smoothguard.fingerprint import model_fingerprint
 
     return model_fingerprint(AutoModelForImageTextToText.from_pretrained(MODEL_DIR))

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import torch
 
 from lmms_smoothguard.attacks.cache import content_key
-from lmms_smoothguard.attacks.craft import model_fingerprint
 from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.defenses.copies import answer_batch, noise_source
 from lmms_smoothguard.defenses.replies import Replies
 from lmms_smoothguard.defenses.request import Request
 from lmms_smoothguard.errors import SmoothGuardError, UndefendableError
 from lmms_smoothguard.files import replace_file
+from lmms_smoothguard.fingerprint import model_fingerprint
 from lmms_smoothguard.inputs.fitting import all_known
 from lmms_smoothguard.inputs.statistics import pixel_statistics
 
