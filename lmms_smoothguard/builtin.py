@@ -12,7 +12,11 @@ def smoothguard_defenses() -> dict[str, str]:
 
 @hookimpl
 def smoothguard_attacks() -> dict[str, str]:
-    return {"pgd": "lmms_smoothguard.attacks.pgd:PGD"}
+    return {
+        "pgd": "lmms_smoothguard.attacks.pgd:PGD",
+        "apgd": "lmms_smoothguard.attacks.apgd:APGD",
+        "square": "lmms_smoothguard.attacks.square:Square",
+    }
 
 
 @hookimpl
