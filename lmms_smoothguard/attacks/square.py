@@ -27,7 +27,7 @@ class SquareOptions:
 
     feedback: str = "scores"
     p_init: float = 0.8
-    probes: int = 15
+    probes: int = 31
     probe_sigma: float = 0.25
 
     def __post_init__(self) -> None:
