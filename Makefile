@@ -37,6 +37,7 @@ bench: $(INSTALLED)
 # Our attacks beside those of two libraries, in an environment of its own (torchattacks pins an old requests); about an hour on
 # two cores, and the times are worth something only if the machine is left alone.
 parity: $(PARITY)/.installed $(INSTALLED)
+	$(PARITY)/bin/python -m pytest -q tests/test_parity.py
 	$(PARITY)/bin/python benchmarks/parity.py
 	$(BIN)/python benchmarks/readme_tables.py
 
@@ -52,7 +53,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(PARITY)/.installed: pyproject.toml benchmarks/parity-constraints.txt $(INSTALLED)
 	test -x $(PARITY)/bin/python || $(BIN)/python -m venv $(PARITY)
 	$(BIN)/python -m uv pip install --quiet --python $(PARITY)/bin/python -c benchmarks/parity-constraints.txt \
-		-e ".[report]" adversarial-robustness-toolbox torchattacks
+		-e ".[report]" adversarial-robustness-toolbox torchattacks pytest pytest-timeout
 	touch $@
 
 clean:

@@ -106,6 +106,29 @@ def test_it_ends_with_the_best_it_has_seen_after_as_many_gradients_as_steps():
     assert numbers == list(range(1, 13))
 
 
+def test_a_row_whose_step_was_halved_goes_on_from_its_best(monkeypatch):
+    """Steps of twice the ball's radius jump over both wells, so the picture at the first checkpoint is not the best."""
+    clean, left, stepped = grey(3), [], APGD._stepped
+
+    def watched(self, now, before, origin, step, alpha):
+        left.append((now.value, step))
+        return stepped(self, now, before, origin, step, alpha)
+
+    monkeypatch.setattr(APGD, "_stepped", watched)
+    seen = []
+
+    def objective(slots):
+        seen.append(two_wells(clean, 5 * LEVEL)(slots).detach())
+        return two_wells(clean, 5 * LEVEL)(slots)
+
+    attack(eps=32 * LEVEL, steps=50).run(objective, (clean,))
+    first = checkpoints(50)[0]
+    value, step = left[first]
+    assert torch.allclose(step, torch.full((3,), 32 * LEVEL))
+    assert torch.equal(value, torch.stack(seen[: first + 1]).amax(0))
+    assert not torch.equal(value, seen[first])
+
+
 @pytest.mark.parametrize("norm, eps", [("linf", 8 / 255), ("l2", 1.0)])
 def test_a_row_knows_nothing_of_its_neighbours(norm, eps):
     """Rows that halve their steps at different times, two pictures each; alone and together the same bits."""

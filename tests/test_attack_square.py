@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -134,6 +135,26 @@ def test_a_row_knows_nothing_of_its_neighbours(norm, eps, feedback):
         assert (new != old).any()
 
 
+def test_every_picture_of_a_request_gets_its_squares():
+    torch.manual_seed(0)
+    slope, first, second = torch.randn(1, 3, 2, 2), grey(1), grey(1, size=2)
+    objective = lambda slots: (slots[1] * slope).flatten(1).sum(1)  # noqa: E731
+    found = attack(eps=8 / 255, steps=400).run(objective, (first, second))
+    assert torch.allclose(found[1] - second, 8 / 255 * slope.sign(), atol=1e-6)
+
+
+def test_no_query_asks_about_the_same_picture_again():
+    """One square in eight would have the signs that stand there already."""
+    seen = []
+
+    def objective(slots):
+        seen.append(slots[0].clone())
+        return torch.arange(len(seen), len(seen) + 1).expand(4) * 1.0  # everything is taken
+
+    attack(eps=8 / 255, steps=100).search(objective, (grey(4),), (grey(4),), lambda number, value: None)
+    assert all((a != b).flatten(1).any(1).all() for a, b in itertools.pairwise(seen))
+
+
 def test_more_restarts_are_never_worse():
     clean = grey(4)
     objective = lambda slots: torch.cos(150 * slots[0]).flatten(1).sum(1)  # noqa: E731
@@ -203,6 +224,14 @@ def test_answers_tell_no_more_than_decoding_does(trained, attack_jobs):
             out = model.generate(**{**job.inputs, "pixel_values": pixels[row : row + 1]}, max_new_tokens=3)
             begins = out[0, job.inputs["input_ids"].shape[1] :][: len(job.answer)].tolist() == list(job.answer)
             assert (float(away[row]), float(forced[row])) == (float(not begins), float(begins))
+
+
+@pytest.mark.parametrize("target, told", [(None, 0.0), ("No", 0.0), ("Yes", 1.0)])
+def test_what_an_answer_tells_of_a_picture_that_changes_nothing(attack_crafter, attack_jobs, target, told):
+    """The answer is yes, and a grey level does not alter it: not led away, no no is forced, a yes would be."""
+    settings = {"name": "square", "feedback": "answers", "probes": 0, "steps": 1, "eps": 1 / 255, "target": target}
+    (entry,) = attack_crafter().craft(attack_jobs(count=1, answer=target or "Yes", **settings))
+    assert entry.record["objective"] == [told]
 
 
 def test_probes_show_the_way_where_answers_alone_are_a_plateau():
