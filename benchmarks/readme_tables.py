@@ -17,6 +17,7 @@ from lmms_smoothguard.report.demo import DEMO, REST
 from lmms_smoothguard.report.documents import base_task
 from lmms_smoothguard.report.experiments import CLEAN
 from lmms_smoothguard.report.tables import markdown_table
+from peers.table import markdown as parity
 from timing.table import markdown as costs
 from timing.table import parts_markdown
 
@@ -48,6 +49,8 @@ def filled(text: str) -> str:
         text = _with_block(text, group, markdown_table([record(name) for name in names]))
     text = _with_block(text, "clusters", _clusters([record(e.name) for e in (*DEMO, *REST)]))
     text = _with_block(text, "precision", _precision(stored("precision")["flips"]))
+    if (RESULTS / "parity.json").exists():
+        text = _with_block(text, "parity", parity(stored("parity")))
     measured = [name for name in ("bench", "bench_cuda") if (RESULTS / f"{name}.json").exists()]
     text = _with_block(text, "bench", costs(*map(stored, measured)))
     return _with_block(text, "parts", parts_markdown(*map(stored, measured)))

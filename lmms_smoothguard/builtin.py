@@ -12,11 +12,14 @@ def smoothguard_defenses() -> dict[str, str]:
 
 @hookimpl
 def smoothguard_attacks() -> dict[str, str]:
+    home = "lmms_smoothguard.attacks"
     return {
-        "feature": "lmms_smoothguard.attacks.feature:Feature",
-        "patch": "lmms_smoothguard.attacks.patch:Patch",
-        "pgd": "lmms_smoothguard.attacks.pgd:PGD",
-        "universal": "lmms_smoothguard.attacks.universal:Universal",
+        "pgd": f"{home}.pgd:PGD",
+        "apgd": f"{home}.apgd:APGD",
+        "square": f"{home}.square:Square",
+        "patch": f"{home}.patch:Patch",
+        "feature": f"{home}.feature:Feature",
+        "universal": f"{home}.universal:Universal",
     }
 
 

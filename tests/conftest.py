@@ -91,3 +91,28 @@ def subject(request):
 def pictures(images):
     """Square, wide, tall, each of another scene."""
     return images[0], images[1].resize((150, 60)), images[2].resize((50, 120))
+
+
+@pytest.fixture
+def attack_jobs(trained, images, batch):
+    """A job for each of the first scenes: its existence question, away from the right answer (or what else is asked)."""
+    from attack_jobs import job_of
+
+    def make(count=4, answer="Yes", **settings):
+        return [job_of(trained, images[n], batch(n), answer, **settings) for n in range(count)]
+
+    return make
+
+
+@pytest.fixture
+def attack_crafter(trained, tmp_path):
+    """Makes crafters with a cache of this test."""
+    from lmms_smoothguard.attacks.cache import AttackCache
+    from lmms_smoothguard.attacks.craft import Crafter
+
+    model, processor = trained
+
+    def make(model=model, **kwargs):
+        return Crafter(model, processor.image_processor, AttackCache(tmp_path / "crafted"), quiet=True, **kwargs)
+
+    return make

@@ -74,19 +74,30 @@ def _margin(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return logits.scatter(-1, labels[..., None], float("-inf")).amax(-1) - right
 
 
+def _dlr(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    top = logits.topk(3, dim=-1).values
+    return _margin(logits, labels) / (top[..., 0] - top[..., 2]).clamp(min=1e-12)
+
+
 _TOKEN_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "target": lambda logits, labels: -_cross_entropy(logits, labels),
     "ce": _cross_entropy,
     "margin": _margin,
+    "dlr": _dlr,
+    "led away": lambda logits, labels: (logits.argmax(-1) != labels).any(1, keepdim=True).float(),
+    "forced": lambda logits, labels: (logits.argmax(-1) == labels).all(1, keepdim=True).float(),
 }
-"""(batch, tokens, vocabulary) logits and (batch, tokens) labels -> (batch, tokens), larger is better for the attacker."""
+"""(batch, tokens, vocabulary) logits and (batch, tokens) labels -> (batch, tokens), larger is better for the attacker; or
+(batch, 1) where it is the whole answer that counts."""
 
 
 class AnswerLoss:
     """How far the model is from saying one answer a row, meaned over the answer's tokens.
 
     kind "target": minus the cross-entropy of a target; "ce": the cross-entropy of a reference to be led away from;
-    "margin": by how much the best other token beats the reference's (Carlini & Wagner 2017).
+    "margin": by how much the best other token beats the reference's (Carlini & Wagner 2017); "dlr": that over the distance
+    of the largest logit from the third largest (Croce & Hein 2020); "led away" / "forced": 1 where greedy decoding no longer
+    begins with the reference / begins with the target, else 0, which has no gradient.
 
     All prompts are of one length and all answers too: padding would move positions, and with them last bits and gradient
     signs.

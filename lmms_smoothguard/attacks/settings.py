@@ -12,7 +12,7 @@ from lmms_smoothguard.config import parse_scalar
 from lmms_smoothguard.errors import ConfigError, did_you_mean
 
 NORMS = ("linf", "l2")
-LOSSES = ("margin", "ce")
+LOSSES = ("margin", "ce", "dlr")
 _TEXTS = ("name", "norm", "loss", "target")
 
 
@@ -24,7 +24,8 @@ class AttackSettings:
     stopped early; step_size: None = max(eps / 8, half a grey level); target: a text to be forced, None = untargeted
     (away from the right answer); eot: draws of the defence's noise a step, 0 = attack the undefended model;
     loss: what an untargeted attack raises, "margin" (the best other token over the right one) or "ce" (cross-entropy,
-    whose gradient fades where the model is sure); a targeted one always lowers the cross-entropy of its target;
+    whose gradient fades where the model is sure) or "dlr" (the margin over the distance of the first from the third token, so
+    that the scale of the logits says nothing); a targeted one always lowers the cross-entropy of its target;
     random_start: begin anywhere in the ball; restarts: independent beginnings, all in one batch, of which the best is kept;
     seed: of the attacker's own randomness; options: the attack's own settings, an instance of its class's `options`.
     """

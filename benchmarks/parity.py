@@ -1,0 +1,139 @@
+"""Our attacks against those of adversarial-robustness-toolbox and torchattacks: `make parity`, or
+
+.venv-parity/bin/python benchmarks/parity.py                                              # results/parity.json
+.venv-parity/bin/python benchmarks/parity.py --questions 12 --steps 4 --rounds 2 --out x  # a trial
+
+Same model, questions, budget, steps, first step, seed, 8-bit rounding and ordinary scoring. Times are measured after the
+attacks, all sides in turn in one process: leave the machine alone meanwhile. What was attacked is kept in runs/parity, so that
+a killed run goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+import typer
+from lmms_smoothguard.evaluation.metrics import attack_success_rate
+from rich.progress import track
+
+from lmms_smoothguard.report.experiments import environment
+from peers.attackers import BUDGETS, CASES, OURS, Case, run_of
+from peers.differences import paired_difference
+from peers.questions import Question, QuestionClassifier, Subject, pictures_of
+from peers.table import print_table
+from timing.paired import ratio, run_paired
+
+ROOT = Path(__file__).parent.parent
+PEERS = ("adversarial-robustness-toolbox", "torchattacks")
+_BARE = 10
+"""Forward and backward passes in one measurement of the bare model."""
+
+
+def main(
+    questions: Annotated[int, typer.Option(help="how many, from the first")] = 240,
+    steps: Annotated[int, typer.Option(help="of every attack")] = 40,
+    rounds: Annotated[int, typer.Option(help="of the timing")] = 8,
+    batch_size: Annotated[int, typer.Option(help="of the attacks; timing takes one batch of half of it")] = 32,
+    seed: Annotated[int, typer.Option(help="of everybody's random starts")] = 0,
+    out: Annotated[Path, typer.Option(help="the result file")] = ROOT / "benchmarks" / "results" / "parity.json",
+) -> None:
+    """Attacks, scores, times; writes a result file and shows a table."""
+    subject = Subject()
+    asked = subject.questions(questions)
+    cases = [Case(*kind, norm, steps, batch_size, seed) for norm in BUDGETS for kind in CASES]
+    rows = [row for case in track(cases, "attacks") for row in _compared(subject, case, asked)]
+    for norm in BUDGETS:
+        _timed([row for row in rows if row["norm"] == norm], subject, asked[: max(1, batch_size // 2)], rounds)
+    result = {
+        "command": "make parity",
+        "steps": steps,
+        "batch_size": batch_size,
+        "seed": seed,
+        "rows": [{key: value for key, value in row.items() if not key.startswith("_")} for row in rows],
+        "environment": environment()
+        | {"torch_threads": torch.get_num_threads()}
+        | {name: importlib.metadata.version(name) for name in PEERS},
+    }
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    print_table(result)
+
+
+def _compared(subject: Subject, case: Case, asked: Sequence[Question]) -> list[dict[str, Any]]:
+    """ASR of every side that has this attack, and ours minus theirs over the same questions."""
+    clean = [question.clean_right for question in asked]
+    right = {side: _still_right(subject, case, side, asked) for side in case.sides}
+    rows = []
+    for side, answers in right.items():
+        row = {
+            "norm": case.norm,
+            "eps": BUDGETS[case.norm],
+            "attack": case.attack,
+            "loss": case.loss,
+            "side": side,
+            "asr": attack_success_rate(clean, answers).to_dict(),
+            "_case": case,
+        }
+        if side != OURS:
+            pairs = [
+                (not ours, not theirs) for was, ours, theirs in zip(clean, right[OURS], answers, strict=True) if was
+            ]
+            row["ours_minus_theirs"] = paired_difference(pairs).to_dict()
+        rows.append(row)
+    return rows
+
+
+def _still_right(subject: Subject, case: Case, side: str, asked: Sequence[Question]) -> list[bool]:
+    """Whether each question is still answered rightly after the attack."""
+    versions = [importlib.metadata.version(name) for name in PEERS]
+    code = [path.read_bytes() for place in ("lmms_smoothguard/attacks", "benchmarks/peers") for path in _sources(place)]
+    plan = json.dumps([dataclasses.asdict(case), side, len(asked), versions])
+    key = hashlib.sha256(b"\0".join([plan.encode(), *code])).hexdigest()[:24]
+    kept = ROOT / "runs" / "parity" / f"{key}.json"
+    if not kept.exists():
+        found = run_of(side, subject, case)(asked)
+        answers = [subject.still_right(question, picture) for question, picture in zip(asked, found, strict=True)]
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(answers))
+    listed: list[bool] = json.loads(kept.read_text())
+    return listed
+
+
+def _sources(place: str) -> list[Path]:
+    return sorted((ROOT / place).glob("*.py"))
+
+
+def _timed(rows: Sequence[dict[str, Any]], subject: Subject, asked: Sequence[Question], rounds: int) -> None:
+    """Adds to each row the time of a step over that of one bare forward and backward pass of the same batch."""
+    classifier = QuestionClassifier(subject, asked)
+    carried = classifier.carrying(pictures_of(asked), range(len(asked)))
+    labels = torch.tensor([question.label for question in asked])
+
+    def bare(_: int) -> None:
+        for _ in range(_BARE):
+            pixels = carried.clone().requires_grad_()
+            loss = torch.nn.functional.cross_entropy(classifier(pixels), labels, reduction="sum")
+            torch.autograd.grad(loss, pixels)
+
+    tasks: dict[str, Any] = {"bare": bare}
+    for number, row in enumerate(rows):
+        run = run_of(row["side"], subject, row["_case"])
+        tasks[str(number)] = lambda _, run=run: run(asked)
+    seconds = run_paired(tasks, rounds, warmup=1).seconds
+    for number, row in enumerate(rows):
+        each = [value / row["_case"].steps for value in seconds[str(number)]]
+        row["step_to_bare"] = ratio(each, [value / _BARE for value in seconds["bare"]]).to_dict()
+
+
+if __name__ == "__main__":
+    typer.run(main)
