@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -77,7 +78,7 @@ def written(out, task):
     kept = [
         {
             "doc": sample["doc_id"],
-            "answer": sample["filtered_resps"].strip(),  # the command line strips it, simple_evaluate does not
+            "answer": sample["filtered_resps"],
             "scores": {key: sample[key] for key in sample if key.startswith(("asr", "pope", "recovery"))},
             "info": {key: value for key, value in sample["token_counts"][0].items() if key not in PER_RUN},
         }
@@ -93,8 +94,9 @@ def alone(tmp_path, task, limit, model_args):
     from lmms_eval.tasks import TaskManager
 
     tracker = EvaluationTracker(output_path=str(tmp_path))
+    command_line = argparse.Namespace(reasoning_tags='[["<think>", "</think>"]]', process_with_media=True)
     found = simple_evaluate(
-        model="smoothguard_llava", model_args=model_args, tasks=[task], limit=limit, batch_size=1,
+        model="smoothguard_llava", model_args=model_args, tasks=[task], limit=limit, batch_size=1, cli_args=command_line,
         task_manager=TaskManager("ERROR", model_name="smoothguard_llava"), evaluation_tracker=tracker, datetime_str="now",
     )  # fmt: skip
     samples = found.pop("samples")

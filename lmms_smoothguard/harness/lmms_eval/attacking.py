@@ -2,7 +2,8 @@
 
 A sample that cannot be attacked (no image in a mixed task; an empty clean answer, which leaves nothing to lead away from)
 stays as it is, is logged with the reason, and is in no rate under attack. A clean answer is kept as a scorer would be given it
-(`clean_answer` in the samples log), and where that is not all the model said as it was said too (`clean_answer_raw`).
+(`clean_answer` in the samples log), and where that is not all the model said but for white space, raw too
+(`clean_answer_raw`).
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ def _left_out(wrapper: Any, request: Instance, reason: str, raw: str, clean: Fin
 
 
 def _logged(raw: str, clean: Finished) -> dict[str, str]:
-    return {"clean_answer": clean.scored} | ({} if raw == clean.scored else {"clean_answer_raw": raw})
+    return {"clean_answer": clean.scored} | ({} if raw.strip() == clean.scored.strip() else {"clean_answer_raw": raw})
 
 
 def _attacked(one: Plan, plain: PlainPass, clean: Finished, entry: Entry, arguments: tuple[Any, ...]) -> Instance:
