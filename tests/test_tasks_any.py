@@ -238,7 +238,7 @@ def test_a_target_on_a_vqa_task_with_stop_words(tmp_path):
     assert figures["target_said_count"] == 3
     summary = found["smoothguard_attacks"][name]
     assert summary["target_said_clean"]["hits"] == 1
-    assert summary["attacks"] == ["PGD-20, 16/255"]
+    assert summary["attacks"] == ["PGD-20, 16/255, targeted"]
 
 
 @pytest.mark.slow
