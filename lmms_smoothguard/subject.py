@@ -8,6 +8,9 @@ reply = subject.answer(inputs, max_new_tokens=32, defense=choose({"sigma": 0.2})
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,6 +64,15 @@ class Subject:
         from lmms_smoothguard.attacks.craft import model_fingerprint
 
         return model_fingerprint(self.model)
+
+    def processing(self) -> dict[str, str | None]:
+        """Digests of what makes tokens and pixels of a question: chat_template, tokenizer, processor (its settings and those of
+        what is in it); None for what there is none of."""
+        return {
+            "chat_template": _digest(getattr(self.processor, "chat_template", None)),
+            "tokenizer": _digest(_tokenizing(self.tokenizer)),
+            "processor": _digest(_settings(self.processor)),
+        }
 
     @property
     def tokenizer(self) -> Any:
@@ -137,6 +149,36 @@ def image_token(processor: Any) -> str:
     if token == "<|image_pad|>":  # Qwen-VL's positions count from the token before it
         return f"<|vision_start|>{token}<|vision_end|>"
     return token
+
+
+def _digest(parts: Any) -> str | None:
+    if not parts:
+        return None
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=_plain).encode()).hexdigest()[:32]
+
+
+def _plain(value: Any) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # an address is another one in every process
+
+
+def _settings(part: Any) -> dict[str, Any]:
+    """A processor's, of whatever kind, without where it lies."""
+    made = {"class": type(part).__name__, **part.to_dict()}
+    for name in ("image_processor", "video_processor", "feature_extractor"):  # not all processors list them
+        inner: Any = getattr(part, name, None)
+        if hasattr(inner, "to_dict"):
+            made[name] = {"class": type(inner).__name__, **inner.to_dict()}
+    return {name: value for name, value in made.items() if name not in ("_name_or_path", "name_or_path")}
+
+
+def _tokenizing(tokenizer: Any) -> list[Any]:
+    """What a tokenizer does to a text. Padding and truncation are each call's own."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        inside: Any = tokenizer.get_vocab()
+    else:
+        inside = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
+    return [type(tokenizer).__name__, inside]
 
 
 def _device(device: str | None) -> torch.device:

@@ -256,7 +256,14 @@ def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def run(
-    directory: Path, tasks: Sequence[str], *, force_simple: bool = False, limit: int | None = None, **model_args: Any
+    directory: Path,
+    tasks: Sequence[str],
+    *,
+    force_simple: bool = False,
+    limit: int | None = None,
+    cli_args: Any = None,
+    model: str = "smoothguard_llava",
+    **model_args: Any,
 ):
     """Evaluates tasks written into a directory with the embedded model, as lmms-eval's command line does."""
     from lmms_eval.evaluator import simple_evaluate
@@ -264,12 +271,16 @@ def run(
 
     from lmms_smoothguard.tiny.model import MODEL_DIR
 
-    arguments = {"pretrained": MODEL_DIR, "defense": "none", **model_args}
+    arguments = {
+        "pretrained": MODEL_DIR,
+        **({"defense": "none"} if model.startswith("smoothguard_") else {}),
+        **model_args,
+    }
     return simple_evaluate(
-        model="smoothguard_llava", model_args=",".join(f"{key}={value}" for key, value in arguments.items()),
-        tasks=list(tasks), batch_size=1, bootstrap_iters=0, limit=limit, force_simple=force_simple,
+        model=model, model_args=",".join(f"{key}={value}" for key, value in arguments.items()),
+        tasks=list(tasks), batch_size=1, bootstrap_iters=0, limit=limit, force_simple=force_simple, cli_args=cli_args,
         task_manager=TaskManager(
-            "ERROR", include_path=[str(directory), str(tasks_path())], include_defaults=False, model_name="smoothguard_llava"
+            "ERROR", include_path=[str(directory), str(tasks_path())], include_defaults=False, model_name=model
         ),  # without reading upstream's thousand YAML files
     )  # fmt: skip
 

@@ -52,7 +52,7 @@ def test_the_whole_way_on_the_command_line(tmp_path):
         command, capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"}
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    for metric in ("asr ", "asr_low", "asr_high", "asr_count", "pope_accuracy", "recovery"):
+    for metric in ("asr ", "asr_low", "asr_high", "asr_count", "pope_accuracy", "recovery", "attack_left_out"):
         assert metric in done.stdout
     rows = [
         json.loads(line) for line in next(tmp_path.rglob("*_samples_shapes_pope_pgd.jsonl")).read_text().splitlines()
@@ -159,6 +159,58 @@ def test_adaptive_attack_goes_through_the_defence():
     assert all(info["attack"]["eot"] == 2 for info in infos(found, "shapes_pope_pgd"))
     with pytest.raises(AttackError, match="shows none"):
         evaluate(["shapes_pope_pgd"], limit=2, defense="none", attack_eot=2, attack_steps=2)
+
+
+def test_a_process_without_samples_attacks_nothing(tmp_path):
+    """lmms-eval gives it the task's first sample, whatever --offset says, and throws the answer away."""
+    from lmms_eval.models import get_model
+    from lmms_eval.tasks import TaskManager
+
+    task = TaskManager("ERROR", include_path=str(tasks_path()), include_defaults=False).load_task_or_group(
+        ["shapes_pope_pgd"]
+    )["shapes_pope_pgd"]
+    task.build_all_requests(limit=1, offset=4, rank=1, world_size=2)
+    (padding,) = task.instances
+    assert padding.doc_id == 0
+    wrapper = get_model("smoothguard_llava", True)(
+        pretrained=str(MODEL_DIR), defense="none", attack_steps="1", attack_cache=str(tmp_path / "attacks")
+    )
+    wrapper.task_dict["shapes_pope_pgd"] = task.dataset
+    assert len(wrapper.generate_until([padding])) == 1
+    assert wrapper._sg_outcomes == {}
+    assert not list((tmp_path / "attacks").rglob("*.png"))
+
+
+def test_every_tensor_is_part_of_a_clean_answers_key(tmp_path):
+    """An image's own size or a mask changes an answer though prompt and pixels stay."""
+    import torch
+
+    from lmms_smoothguard.attacks.cache import AttackCache
+    from lmms_smoothguard.harness.lmms_eval.recording import recorded
+
+    asked = []
+
+    class Model:
+        generation_config = type("Config", (), {"eos_token_id": 0})()
+
+        def generate(self, smoothguard, **kwargs):
+            asked.append(kwargs)
+            return torch.cat([kwargs["input_ids"], torch.tensor([[len(asked)]])], dim=1)
+
+    model, cache = Model(), AttackCache(tmp_path)
+
+    def answer(**more):
+        with recorded(model, "print", cache) as seen:
+            model.generate(input_ids=torch.tensor([[5]]), pixel_values=torch.zeros(1, 3, 2, 2), **more)
+        return seen.answer
+
+    sizes = [torch.tensor([[2, 2]]), torch.tensor([[2, 3]])]
+    assert [answer(image_sizes=size) for size in (*sizes, *sizes)] == [(1,), (2,), (1,), (2,)]
+    assert answer(attention_mask=torch.tensor([[1]])) == (3,)
+    long = torch.zeros(2, 3000, dtype=torch.bfloat16)
+    other = long.clone()
+    other[1, 1500] = 1
+    assert [answer(features=[part]) for part in (long, other, long)] == [(4,), (5,), (4,)]  # both print alike
 
 
 @pytest.mark.parametrize("force_simple", [False, True])

@@ -10,6 +10,7 @@ from PIL import Image
 
 from lmms_smoothguard.errors import ConfigError
 from lmms_smoothguard.evaluation.questions import load_questions
+from lmms_smoothguard.evaluation.tables import refuse_inside
 from lmms_smoothguard.harness.questions import find_questions
 
 datasets = pytest.importorskip("datasets")
@@ -103,7 +104,9 @@ def test_a_hugging_face_data_set_on_disk(tmp_path, images):
     assert [(len(q.images), q.label, q.id) for q in found] == [(2, "dog", "0"), (1, "cat", "1")]
     assert pixels(found[0]) == [np.asarray(image).tolist() for image in images[:2]]
     with pytest.raises(ConfigError, match=r"'answers' holds \['a'\]"):
-        load_questions(str(tmp_path / "one"), columns={"label": "answers"})
+        load_questions(str(tmp_path / "one"), columns={"group": "answers"})
+    several = load_questions(str(tmp_path / "one"), columns={"label": "answers"})
+    assert [(q.label, q.accepted, q.right) for q in several] == [("a", (), ("a",)), ("b", (), ("b",))]
 
     datasets.DatasetDict({"train": made, "test": made.select([1])}).save_to_disk(tmp_path / "two")
     assert load_questions(str(tmp_path / "two"), split="test").split == "test"
@@ -166,6 +169,8 @@ REFUSED = {
     "duplicate ids": (
         {"id": ["x", "y", "x"], "image": ["0.png"] * 3, "question": ["?"] * 3}, {}, "duplicate ids: x; expected each once",
     ),
+    "an empty id": ({"id": ["x", "", " "], "image": ["0.png"] * 3, "question": ["?"] * 3}, {}, "no id in row 1, row 2; expected"),
+    "a missing id": ({"id": ["x", None], "image": ["0.png"] * 2, "question": ["?"] * 2}, {}, "no id in row 1; .*--column id=none"),
     "an empty question": ({"image": ["0.png"] * 2, "question": ["?", " "]}, {}, "empty questions: 1;"),
     "an empty text": ({"image": ["0.png"]}, {"question": " "}, "question is ' '"),
     "a split of a file": ({"image": ["0.png"], "question": ["?"]}, {"split": "test"}, "is one file"),
@@ -211,6 +216,68 @@ def test_a_task_of_lmms_eval_as_its_own_functions_give_it():
         find_questions("smoothguard_tiny")
     with pytest.raises(ConfigError, match="has its own split"):
         find_questions("shapes_pope", split="train")
+
+
+@pytest.fixture
+def task(tmp_path, monkeypatch):
+    """Makes a miniature of a task, and has lmms-eval know it."""
+    pytest.importorskip("lmms_eval")
+    from lmms_eval.tasks import TaskManager
+    from miniatures import write_task
+
+    from lmms_smoothguard.harness.lmms_eval import discovery
+    from lmms_smoothguard.harness.lmms_eval import questions as tasks
+
+    def make(name, count, change=lambda rows: rows):
+        made = write_task(tmp_path, name, count, change)
+        places = [str(tmp_path), str(discovery.tasks_path())]
+        manager = TaskManager("ERROR", include_path=places, include_defaults=False)
+        monkeypatch.setattr(tasks, "_manager_of", lambda name: manager)
+        return made
+
+    return make
+
+
+def test_a_task_with_two_questions_under_one_id_goes_by_row_numbers(task, caplog):
+    """As MME has them. Its first row alone has an id to itself, and is called the same."""
+
+    def shared(rows):
+        return [row | {"question_id": f"scene{number // 2}.png"} for number, row in enumerate(rows)]
+
+    name = task("pope_pgd", 4, shared)
+    assert find_questions(name).ids == ("0", "1", "2", "3")
+    assert "question_id of its own" in caplog.text
+    assert find_questions(name, limit=1).ids == ("0",)
+
+
+@pytest.mark.parametrize("name", ["textvqa_val_pgd", "vqav2_val_pgd"])
+def test_of_a_task_s_ten_answers_every_one_is_right_and_the_most_frequent_is_led_away_from(task, name):
+    found = find_questions(task(name, 2))
+    other = "unanswerable" if "text" in name else "maybe"
+    assert [(q.label, q.accepted) for q in found] == [("yes", ("yes", other)), ("no", ("no", other))]
+
+
+def test_a_task_that_names_a_field_that_is_not_there(task):
+    """Upstream's TextVQA has `doc_to_target: answer`, which lmms-eval takes for the answer "answer"."""
+    found = find_questions(task("textvqa_val", 1))
+    assert [(q.label, q.right) for q in found] == [(None, ())]
+    ours = task("textvqa_val_pgd", 1, lambda rows: [{k: v for k, v in row.items() if k != "answers"} for row in rows])
+    with pytest.raises(ConfigError, match="no field 'answers', the right answer by its task"):
+        find_questions(ours)
+
+
+def test_a_place_among_the_questions(tmp_path, folder):
+    refuse_inside(str(folder), {"out": tmp_path / "elsewhere", "cache": tmp_path})
+    (tmp_path / "link").symlink_to(folder)
+    for source, place in [
+        (folder, folder),
+        (folder, tmp_path / "link" / "x"),
+        (tmp_path / "link", folder / "sub" / "x"),
+    ]:
+        with pytest.raises(ConfigError, match=r"out is .*, inside the data"):
+            refuse_inside(str(source), {"out": place})
+    (folder / "attacks.parquet").write_bytes(b"")  # of an earlier run nothing else is read
+    refuse_inside(str(folder), {"out": folder / "again"})
 
 
 def test_questions_of_a_json_list(tmp_path, table):

@@ -21,6 +21,7 @@ from lmms_smoothguard.choice import Choice
 from lmms_smoothguard.cli import app
 from lmms_smoothguard.errors import ConfigError, SmoothGuardError
 from lmms_smoothguard.evaluation.questions import load_questions
+from lmms_smoothguard.evaluation.rates import Rate
 from lmms_smoothguard.evaluation.samples import SampleRecord
 from lmms_smoothguard.subject import Subject
 from lmms_smoothguard.sweeps import grid as grids
@@ -28,8 +29,8 @@ from lmms_smoothguard.sweeps.answers import AnswerCache, Answerer, Noise
 from lmms_smoothguard.sweeps.collect import Collector, is_right
 from lmms_smoothguard.sweeps.figures import by_poisoned_copies, differences, rates
 from lmms_smoothguard.sweeps.grid import Grid, conditions
-from lmms_smoothguard.sweeps.plots import Trade, save, sigma_figure, undominated
-from lmms_smoothguard.sweeps.presets import README, parts_of
+from lmms_smoothguard.sweeps.plots import Trade, pareto_figure, save, sigma_figure, trades, undominated
+from lmms_smoothguard.sweeps.presets import PRESETS, README, parts_of, run_preset
 from lmms_smoothguard.sweeps.records import read_sweep, read_sweep_samples, write_sweep
 from lmms_smoothguard.sweeps.replay import Replay
 from lmms_smoothguard.sweeps.session import sweep
@@ -168,6 +169,39 @@ def test_pictures_are_crafted_once_an_attack_and_with_eot_once_a_sigma(tiny, tmp
     assert answers.answered > 0 and again.answered == 0
 
 
+def test_a_question_without_a_clean_answer_is_asked_as_it_is_and_in_no_asr(tiny, tmp_path, monkeypatch):
+    """One empty answer used to end a sweep, and every later start of it."""
+    own, empty = Answerer.clean, tiny.inputs(load_questions(POPE, limit=1)[0])
+    monkeypatch.setattr(
+        Answerer,
+        "clean",
+        lambda self, asked: () if all(torch.equal(asked[k], v) for k, v in empty.items()) else own(self, asked),
+    )
+    grid = Grid(sigmas=(0.0, 0.2), num_samples=(2,), conditions=conditions(("pgd",), ("4/255",), {"steps": "2"}))
+    answers, replay = collected(tiny, grid, tmp_path, limit=3)
+    for point in grid.points():
+        samples = replay.samples(answers, "pgd 4/255", point, 0, "run")
+        assert [sample.attack_key is None for sample in samples] == [True, False, False]
+        assert (samples[0].clean_answer, samples[0].clean_right) == ("", False)
+        figures = rates({0: samples})
+        assert (figures["accuracy"].count, figures["asr"].count) == (3, 2)
+
+
+def test_pictures_are_not_kept_with_the_answers(tiny, tmp_path):
+    answers, _ = collected(tiny, ATTACKED, tmp_path, limit=1)
+    kept = [cell.attack for cells in answers.cells.values() for cell in cells if cell.attack is not None]
+    assert kept and not any(entry.images for entry in kept)
+
+
+def test_questions_with_several_right_answers_are_refused(tiny, tmp_path):
+    rows = datasets.Dataset.from_dict({"image": [str(tmp_path / "0.png")], "question": ["?"], "label": [["two", "2"]]})
+    load_questions(POPE, limit=1)[0].images[0].save(tmp_path / "0.png")
+    rows.to_json(tmp_path / "t.jsonl")
+    asked = load_questions(str(tmp_path / "t.jsonl"), columns={"label": "label"})
+    with pytest.raises(ConfigError, match="several right answers, the first: 0; expected one for each"):
+        Collector(tiny, ATTACKED, tmp_path, max_new_tokens=4, quiet=True).collect(asked)
+
+
 def test_an_interrupted_sweep_goes_on(tiny, tmp_path, monkeypatch):
     whole, _ = collected(tiny, ATTACKED, tmp_path / "whole")
     given, own = [], Answerer.noisy
@@ -258,6 +292,13 @@ def test_differences_pair_questions():
     assert found["asr - vote"].low <= 0.5 <= found["asr - vote"].high
 
 
+def test_asr_by_poisoned_copies_takes_several_seeds_of_a_question_for_a_cluster():
+    listed = [sample(str(n), ["yes", "no"], "no" if n < 5 else "yes", group=str(n)) for n in range(10)]
+    one, three = (by_poisoned_copies(dict.fromkeys(range(count), listed))["wrong[1]"] for count in (1, 3))
+    assert (one.hits, one.count, three.hits, three.count, three.groups) == (5, 10, 15, 30, 10)
+    assert three.high - three.low >= one.high - one.low  # the same questions again tell nothing new
+
+
 def test_seeds_are_pooled_over_questions():
     one = [sample(str(n), ["yes"] * 2, "yes") for n in range(4)]
     other = [sample(str(n), ["no"] * 2, "no") for n in range(4)]
@@ -336,6 +377,37 @@ def test_undominated():
     assert undominated(listed) == {"plain", "five"}
 
 
+def test_a_trade_s_accuracy_is_of_the_record_with_most_clean_questions(swept):
+    record, _ = swept
+
+    def with_clean(count, value):
+        clean = Rate(int(count * value), count).figure()
+        points = [dataclasses.replace(p, figures=p.figures | {"clean": {"accuracy": clean}}) for p in record.points]
+        return dataclasses.replace(record, points=points)
+
+    for records in ([with_clean(10, 0.5), with_clean(100, 0.9)], [with_clean(100, 0.9), with_clean(10, 0.5)]):
+        assert {trade.utility for trade in trades(records, "pgd 4/255")} == {90.0}
+
+
+def test_noise_in_other_units_has_lines_of_its_own(swept):
+    record, _ = swept
+    other = [
+        dataclasses.replace(p, name=p.name.replace("pixel", "normalized"), defense=p.defense | {"noise_space": "normalized"})
+        for p in record.points
+        if p.defense is not None
+    ]  # fmt: skip
+    both = dataclasses.replace(record, points=[*record.points, *other])
+    named = [[text.get_text() for text in pareto_figure([r]).legends[0].get_texts()][:5] for r in (record, both)]
+    assert named[0][:4] == ["undefended", "sigma 0.1", "sigma 0.2", "N = 1"]
+    assert named[1] == [
+        "undefended",
+        "sigma 0.1 normalized",
+        "sigma 0.2 normalized",
+        "sigma 0.1 pixel",
+        "sigma 0.2 pixel",
+    ]
+
+
 # -- what users write --------------------------------------------------------------------------------------------------
 
 
@@ -358,6 +430,7 @@ def test_points_that_could_not_differ_are_one():
     (["--num-samples", "0"], "num_samples is 0"),
     (["--attack", "pdg"], "did you mean 'pgd'"),
     (["--attack", "pgd+eot0"], "at least one draw"),
+    (["--attack", "universal"], "one change for all images"),
     (["--attack", "pgd+eto"], "expected none, an attack such as pgd"),
     (["--eps", "4"], "grey levels are written as 4/255"),
     (["--set", "step=3"], "did you mean 'steps'"),
@@ -389,6 +462,40 @@ def test_directories_that_cannot_be_written_to_are_refused_first(tmp_path, tiny,
     assert "out is" in str(done.exception) and "another directory" in str(done.exception)
     done = CliRunner().invoke(app, command(tmp_path / "out", file))
     assert "cannot be written to" in str(done.exception)
+
+
+def test_a_place_among_the_questions_is_refused(tmp_path):
+    (tmp_path / "data").mkdir()
+    for option in ("--out", "--cache"):
+        words = ["sweep", "tiny-llava", str(tmp_path / "data"), option, str(tmp_path / "data" / "x")]
+        words += [] if option == "--out" else ["--out", str(tmp_path / "out")]
+        done = CliRunner().invoke(app, words)
+        assert f"{option[2:]} is {tmp_path / 'data' / 'x'}, inside the data" in str(done.exception)
+        assert not (tmp_path / "data" / "x").exists()
+
+
+def test_a_preset_takes_no_settings_of_a_grid(tmp_path):
+    done = CliRunner().invoke(app, ["sweep", "--preset", "readme", "--sigma", "0.1", "--out", str(tmp_path)])
+    assert isinstance(done.exception, ConfigError) and "sigma is given, and preset 'readme'" in str(done.exception)
+
+
+def test_a_trial_s_file_is_not_taken_for_a_result(swept, tmp_path, monkeypatch):
+    record, samples = swept
+
+    def swept_again(*_, name, **__):
+        asked.append(name)
+        return dataclasses.replace(record, name=name), [dataclasses.replace(s, run=name) for s in samples]
+
+    monkeypatch.setattr("lmms_smoothguard.subject.Subject", lambda *_: None)
+    monkeypatch.setattr("lmms_smoothguard.sweeps.session.sweep", swept_again)
+    asked: list[str] = []
+    for limit, expected in ((3, []), (4, ["one"])):
+        part = dataclasses.replace(README[0], name="one", limit=limit)
+        monkeypatch.setitem(PRESETS, "readme", (part,))
+        write_sweep(tmp_path, *swept_again(name="one"))
+        asked.clear()
+        run_preset("readme", tmp_path / "cache", tmp_path)
+        assert asked == expected
 
 
 def test_empty_data_is_refused(tmp_path):

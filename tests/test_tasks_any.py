@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from types import SimpleNamespace
 
@@ -15,12 +16,23 @@ from PIL import Image
 
 from lmms_smoothguard.attacks.settings import AttackSettings
 from lmms_smoothguard.errors import AttackError, ConfigError, SmoothGuardError
-from lmms_smoothguard.harness.lmms_eval import attacking, planning, reporting
+from lmms_smoothguard.harness.lmms_eval import attacking, judging, planning, reporting
+from lmms_smoothguard.harness.lmms_eval.finishing import Finished, Finisher
 from lmms_smoothguard.harness.lmms_eval.options import Options, TaskAttack
 from lmms_smoothguard.harness.lmms_eval.reporting import Outcome
 
 PICTURE = Image.new("RGB", (8, 8))
 PGD = AttackSettings().to_dict()
+
+
+TAGS = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
+"""The command line's default."""
+
+
+@pytest.fixture(autouse=True)
+def own_directory(tmp_path, monkeypatch):
+    """Upstream's scorers write what would be handed in into the working directory."""
+    monkeypatch.chdir(tmp_path)
 
 
 def options(**attack):
@@ -163,6 +175,77 @@ def test_targets_that_cannot_be_said():
             attacking._check_targets(Words(), [one])
 
 
+def test_padding_is_neither_attacked_nor_warned_of(caplog):
+    """lmms-eval gives a process without samples the task's first one, which belongs to another process or to none."""
+    docs = [{"image": PICTURE}]
+    assert plan(docs, {"__padding_only__": True}, name="pgd") == ([], [])
+    assert not caplog.text
+
+
+# -- answers as they are scored ----------------------------------------------------------------------------------------
+
+
+def task_of(filters=(("none", (("take_first", None),)),), **config):
+    from lmms_eval.filters import build_filter_ensemble
+
+    ensembles = [build_filter_ensemble(name, [list(part) for part in parts]) for name, parts in filters]
+    return {"made": SimpleNamespace(config=SimpleNamespace(task="made", **config), _filters=ensembles, task_docs=None)}
+
+
+def finished(texts, task, tags=None):
+    _, requests = requests_for([{}] * len(texts))
+    found = Finisher(task, argparse.Namespace(reasoning_tags=tags)).finish(
+        requests, {id(request): [text] for request, text in zip(requests, texts, strict=True) if text is not None}
+    )
+    return [found[id(request)] for request in requests if id(request) in found]
+
+
+LETTER = ("regex", {"regex_pattern": r"answer is (\w)"})
+FIRST = ("take_first", None)
+
+
+@pytest.mark.parametrize(
+    ("task", "tags", "said", "scored"),
+    [
+        (task_of(), None, "<think>no</think> Yes", "<think>no</think> Yes"),
+        (task_of(), TAGS, "Yes", "Yes"),
+        (task_of(), "none", "<think>no</think> Yes", "<think>no</think> Yes"),
+        (task_of(reasoning_tags=[["<x>", "</x>"]]), TAGS, "<think>no</think> Yes", "<think>no</think> Yes"),
+        (task_of(auto_strip_thinking=True), None, "<think>no</think> Yes", "Yes"),
+        (task_of((("low", (("lowercase", None), FIRST)),)), TAGS, "Yes", "yes"),
+        ({}, TAGS, "<think>no</think> Yes", "<think>no</think> Yes"),
+    ],
+)
+def test_an_answer_is_made_what_its_scorer_is_given(task, tags, said, scored):
+    assert finished([None, "<think>no</think> Yes"], task, tags) == [Finished(said, scored)]
+
+
+def test_filters_go_before_reasoning_tags_as_upstream_has_it():
+    """And what they leave is not what the model said: a letter is no place to look for a target."""
+    task = task_of((("letter", (LETTER, FIRST)),))
+    assert finished(["<think>B?</think>So the answer is C."], task, TAGS) == [Finished("So the answer is C.", "C")]
+
+
+def test_filters_that_do_not_agree_are_refused_where_scores_hang_on_the_clean_answer():
+    _, (request,) = requests_for([{"image": PICTURE}], asking())
+    both = Finisher(task_of((("letter", (LETTER, FIRST)), ("whole", (FIRST,)))))
+    plain = attacking.PlainPass(text="the answer is C.")
+    passes = [(SimpleNamespace(request=request), plain)]
+    with pytest.raises(
+        AttackError, match=r"made\[0\] cannot be .*'letter' makes 'C'.*'whole' makes 'the answer is C.'"
+    ):
+        attacking._finished(passes, [request], both)
+    plain.text = "C"
+    no_letter = Finisher(task_of((("low", (("lowercase", None), FIRST)), ("whole", (FIRST,)))))
+    with pytest.raises(AttackError, match="filter_list one entry"):
+        attacking._finished(passes, [request], no_letter)
+    plain.text = "c"
+    assert attacking._finished(passes, [request], no_letter) == {id(request): Finished("c", "c")}
+    plain.text = "the answer is C."
+    del request.metadata["attack"]  # a task that knows nothing of attacks: its own scores never see the clean answer
+    assert attacking._finished(passes, [request], both)[id(request)].scored == "C"
+
+
 # -- what is reported --------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +269,14 @@ def test_a_summary_by_hand():
     json.dumps(found.to_dict())
 
 
+def test_a_target_is_looked_for_in_what_the_model_said():
+    """A filter leaves the letter of a choice alone; reasoning is not said."""
+    info = {"attack": PGD | {"target": "sure"}}
+    found = reporting.outcome_of(info, Finished("It is A.", "A"), Finished("Sure, B.", "B"))
+    summary = reporting.summarise([found])
+    assert (summary.changed.hits, summary.said.hits, summary.said_clean.hits) == (1, 1, 0)
+
+
 def test_nothing_attacked_is_no_rate():
     found = reporting.summarise([Outcome("", "x", None, None, "no image")])
     assert found.metrics()["answer_changed"] != found.metrics()["answer_changed"]  # NaN
@@ -199,6 +290,7 @@ def test_rates_go_to_tasks_that_report_no_attack_themselves():
     assert results["results"]["plain"]["answer_changed,none"] == 1.0
     assert "answer_changed,none" not in results["results"]["ours"]
     assert results["results"]["ours"]["target_said,none"] == 1.0
+    assert results["results"]["ours"]["attack_left_out,none"] == 0
     assert set(results[reporting.RESULTS]) == {"plain", "ours"}
     reporting.add(None, outcomes)  # all processes but the first
 
@@ -236,9 +328,50 @@ def test_a_target_on_a_vqa_task_with_stop_words(tmp_path):
     assert figures["target_said"] == pytest.approx(sum(said) / 3)
     assert sum(said) >= 2
     assert figures["target_said_count"] == 3
+    assert (tmp_path / "submissions").is_dir()  # not in the checkout
     summary = found["smoothguard_attacks"][name]
     assert summary["target_said_clean"]["hits"] == 1
     assert summary["attacks"] == ["PGD-20, 16/255, targeted"]
+
+
+def test_a_run_is_never_scored_by_the_attacks_of_an_earlier_one(tmp_path, monkeypatch):
+    """The stock model is not attacked, and has no rate under attack to report."""
+    miniatures.run(tmp_path, ["shapes_pope_pgd"], limit=1, attack_steps=1)
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)  # between lmms-eval's five attempts
+    with pytest.raises(SmoothGuardError, match="no record of an attack"):
+        miniatures.run(tmp_path, ["shapes_pope_pgd"], limit=1, model="llava_hf", device_map="cpu", device="cpu")
+
+
+@pytest.mark.parametrize("task", ["shapes_pope_pgd", "shapes_safety_pgd"])
+def test_a_model_that_reasons_aloud_is_scored_by_its_answer_clean_and_attacked(tmp_path, monkeypatch, task):
+    """The command line has lmms-eval take reasoning out of final answers; the clean ones are treated alike."""
+    from lmms_eval.models.chat.llava_hf import LlavaHf
+
+    base = LlavaHf.generate_until
+
+    def aloud(self, requests):
+        return [f"<think>I see a dog.</think>{result.text}" for result in base(self, requests)]
+
+    monkeypatch.setattr(LlavaHf, "generate_until", aloud)
+    monkeypatch.setattr(judging, "_said", {})
+    command_line = argparse.Namespace(reasoning_tags=TAGS, process_with_media=True)
+    found = miniatures.run(tmp_path, [task], limit=3, attack_steps=3, cli_args=command_line)
+    figures = miniatures.figures_of(found, task)
+    samples = found["samples"][task]
+    assert figures["asr_count"] == 3
+    changed = 0
+    for sample in samples:
+        info = sample["token_counts"][0]
+        assert info["clean_answer_raw"].startswith("<think>I see a dog.</think>")
+        assert info["clean_answer_raw"].endswith(info["clean_answer"])
+        assert "think" not in info["clean_answer"] + sample["filtered_resps"][0]
+        assert sample["asr"]["clean_answer"] == info["clean_answer"]
+        changed += info["clean_answer"] != sample["filtered_resps"][0]
+    assert found["smoothguard_attacks"][task]["answer_changed"]["hits"] == changed
+    assert figures["recovery"] == pytest.approx(1 - changed / 3)
+    judged = [exchange.answer for _, exchange in judging._said]
+    assert bool(judged) == ("safety" in task)
+    assert not any("think" in answer for answer in judged)
 
 
 @pytest.mark.slow

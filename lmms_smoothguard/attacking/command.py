@@ -66,20 +66,20 @@ def attack(
         typer.Option(
             "--column",
             rich_help_panel=_DATA,
-            help="What a column is: --column label=answer; of id, images, question, label, target, group; none for none.",
+            help="What a column is: --column label=answer; of id, images, question, label, target, group, accepted; none for none.",
         ),
     ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(rich_help_panel=_DATA, help="Of an answer; a task's own, else 32.")
     ] = None,
     match: Annotated[
-        str, typer.Option(rich_help_panel=_DATA, help="When an answer is right: exact, or contains the label.")
+        str, typer.Option(rich_help_panel=_DATA, help="When an answer is right: exact, or contains an accepted one.")
     ] = "exact",
     judge: Annotated[
         str | None,
         typer.Option(
             rich_help_panel=_DATA,
-            help="A judge decides on success instead of the label: refusal, guard/<model>, llm/<model>.",
+            help="A judge decides on success instead of target or label: refusal, guard/<model>, llm/<model>.",
         ),
     ] = None,
     batch_size: Annotated[

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lmms_smoothguard.attacking.identity import described, versions
 from lmms_smoothguard.attacking.outcomes import Rules
 from lmms_smoothguard.attacking.processes import Processes
 from lmms_smoothguard.attacking.store import Store
@@ -17,11 +17,11 @@ from lmms_smoothguard.attacks.settings import AttackSettings
 from lmms_smoothguard.choice import Choice
 from lmms_smoothguard.errors import ConfigError
 from lmms_smoothguard.evaluation.questions import Questions
+from lmms_smoothguard.evaluation.tables import refuse_inside
 
 log = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 32
-_PACKAGES = ("lmms-smoothguard", "torch", "transformers", "torchvision", "pillow")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +79,8 @@ def run_attack(asked: AttackRun) -> dict[str, Any] | None:
 
     Raises SmoothGuardError for whatever cannot be meant, loaded or written.
     """
+    cache = asked.cache or default_cache_dir() / "attacks"
+    refuse_inside(asked.data, {"out": asked.out, "cache": cache})
     rules = Rules(asked.match, asked.judge)
     store = Store(asked.out)
     processes = Processes()
@@ -96,15 +98,15 @@ def run_attack(asked: AttackRun) -> dict[str, Any] | None:
         _check_targets(questions)
     asked = dataclasses.replace(
         asked,
-        cache=asked.cache or default_cache_dir() / "attacks",
+        cache=cache,
         max_new_tokens=asked.max_new_tokens or questions.max_new_tokens or MAX_NEW_TOKENS,
     )
     subject = Subject(
         asked.model, processes.device(asked.device), asked.dtype, trust_remote_code=asked.trust_remote_code
     )
-    settings = described(asked, subject, questions)
+    settings = described(asked, subject, questions, rules.judge)
     with processes.main_first():
-        store.open(settings, questions.ids, _versions())
+        store.open(settings, questions.ids, versions())
         if processes.main:
             store.sweep_up()
     Share(asked, subject, questions, rules, store, quiet=not processes.main).work(processes.share(len(questions)))
@@ -115,29 +117,6 @@ def run_attack(asked: AttackRun) -> dict[str, Any] | None:
     return summary
 
 
-def described(asked: AttackRun, subject: Any, questions: Questions) -> dict[str, Any]:
-    """All that a sample's record hangs on, ready for JSON: no more and no less, for it decides whether a run may go on."""
-    return {
-        "model": {
-            "name": _last_part(asked.model),
-            "fingerprint": subject.fingerprint,
-            "dtype": str(subject.model.dtype).removeprefix("torch."),
-        },
-        "data": {
-            "source": _last_part(asked.data),
-            "split": questions.split,
-            "count": len(questions),
-            "revision": questions.revision,
-        },
-        "attack": asked.attack.to_dict(),
-        "targeted": asked.targeted,
-        "defense": None if asked.defense is None else asked.defense.to_dict(),
-        "max_new_tokens": asked.max_new_tokens,
-        "match": asked.match,
-        "judge": asked.judge,
-    }
-
-
 def _check_targets(questions: Questions) -> None:
     without = [words.id for words in questions.words if not words.target]
     if without:
@@ -145,19 +124,3 @@ def _check_targets(questions: Questions) -> None:
             f"{questions.source} has no target for {', '.join(without[:10])}; expected one for each question with --targeted, "
             "or one --target for all"
         )
-
-
-def _last_part(place: str) -> str:
-    """A hub's id as it is; of a path its last part, so that no machine's paths are in a result."""
-    path = Path(place).expanduser()
-    return path.resolve().name if path.exists() else place
-
-
-def _versions() -> dict[str, str | None]:
-    def version(name: str) -> str | None:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    return {name: version(name) for name in _PACKAGES}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lmms_smoothguard.attacking.outcomes import Outcome, Rules
+from lmms_smoothguard.attacking.outcomes import Rules, Standing
 from lmms_smoothguard.attacking.run import AttackRun
 from lmms_smoothguard.attacking.store import Store
 from lmms_smoothguard.attacks.cache import AttackCache, Entry
@@ -32,12 +32,12 @@ EMPTY_ANSWER = "the clean answer is empty: there is nothing to lead away from"
 
 class Prepared(NamedTuple):
     """A sample before crafting; question: without its pictures, which are read again; job: likewise, with its inputs in main
-    memory, for many wait their turn; None where the sample cannot be attacked; sizes: of its pictures."""
+    memory, for many wait their turn; None where the sample cannot be attacked; sizes: of its pictures; standing: what its
+    clean answer makes of it."""
 
     number: int
     question: Question
-    target: str | None
-    clean: str
+    standing: Standing
     job: Job | None
     sizes: tuple[tuple[int, int], ...]
 
@@ -86,13 +86,16 @@ class Share:
         target = question.target if self._asked.targeted else self._asked.attack.target
         inputs = self._subject.inputs(question)
         text, ids, _ = self._subject.answer(inputs, self._length)
-        right = question.label is None or self._rules.is_right(text, question.label)
+        standing = self._rules.standing(question.text, target=target, right=question.right, clean=text)
+        right = not question.right or self._rules.is_right(text, question.right)
         answer = goal(self._subject.tokenizer, inputs, ids, target=target, label=question.label, clean_is_right=right)
         settings = dataclasses.replace(self._asked.attack, target=target)
         waiting = {key: value.cpu() for key, value in inputs.items()}
         job = None if answer is None else Job(settings, (), waiting, answer)
         sizes = tuple(image.size for image in question.images)
-        return Prepared(number, dataclasses.replace(question, images=()), target, text, job, sizes)
+        if job is None:
+            standing = standing._replace(counted=False)
+        return Prepared(number, dataclasses.replace(question, images=()), standing, job, sizes)
 
     # -- crafting ------------------------------------------------------------------------------------------------------
 
@@ -151,47 +154,46 @@ class Share:
             "attacked": False,
             "reason": EMPTY_ANSWER,
             "images": self._store.put_images(one.question.id, clean),
-            "attack": dataclasses.replace(self._asked.attack, target=one.target).to_dict(),
+            "attack": dataclasses.replace(self._asked.attack, target=one.standing.target).to_dict(),
             "attack_key": None,
             "linf": 0.0, "l2": 0.0, "rendering_gap": None, "objective": [],
         }  # fmt: skip
-        return self._answered(one, made) | {"counted": False, "success": None, "defended_success": None}
+        return self._answered(one, made)
 
     def _answered(self, one: Prepared, made: dict[str, Any]) -> dict[str, Any]:
         """Answers to the images as they can be read back, through the ordinary path."""
-        question = one.question
+        question, before = one.question, one.standing
         pictures = tuple(Image.open(self._store.root / image["file"]).convert("RGB") for image in made["images"])
         inputs = self._subject.inputs(dataclasses.replace(question, images=pictures))
         answer = self._subject.answer(inputs, self._length).text
-        outcome = self._outcome(one, answer)
         record = {
             "id": question.id,
             "digest": self._questions.digests[one.number],
             "question": question.text,
             "label": question.label,
-            "target": one.target,
+            "accepted": list(question.accepted),
+            "target": before.target,
             "group": question.group,
-            "clean_answer": one.clean,
+            "clean_answer": before.clean,
             "adversarial_answer": answer,
-            **outcome._asdict(),
+            "rule": before.rule,
+            "counted": before.counted,
+            "clean_verdict": before.verdict,
+            **self._rules.outcome(before, answer)._asdict(),
             **made,
         }
         if self._asked.defense is not None:
             reply = self._subject.answer(inputs, self._length, self._asked.defense)
             record["defended_answer"] = reply.text
-            outcome = self._outcome(one, reply.text)
-            record |= {"defended_success": outcome.success, "defended_verdict": outcome.verdict}
+            outcome = self._rules.outcome(before, reply.text)._asdict()
+            record |= {f"defended_{name}": value for name, value in outcome.items()}
             for field in ("agreement", "suspicion", "suspected", "num_samples_used"):
                 record[f"defended_{field}"] = getattr(reply.verdict, field, None)
         return record
-
-    def _outcome(self, one: Prepared, answer: str) -> Outcome:
-        asked = one.question
-        return self._rules.outcome(asked.text, target=one.target, label=asked.label, clean=one.clean, answer=answer)
 
 
 def _likeness(one: Prepared) -> str:
     """Equal for what can share a batch, see `Crafter`."""
     assert one.job is not None
     shapes = sorted((k, tuple(v.shape)) for k, v in one.job.inputs.items() if isinstance(v, torch.Tensor))
-    return repr((one.target, one.sizes, len(one.job.answer), shapes))
+    return repr((one.standing.target, one.sizes, len(one.job.answer), shapes))

@@ -26,7 +26,7 @@ from lmms_smoothguard.errors import AttackError, ConfigError
 log = logging.getLogger(__name__)
 
 MADE_BY = "smoothguard attack"
-FORMAT = 1
+FORMAT = 2
 """Of records: raise it when a record of the same settings would mean something else."""
 _SETTINGS = "settings.json"
 

@@ -19,13 +19,18 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "label": ("answer", "label", "caption"),
     "target": ("target",),
     "group": ("group", "image_source", "image_id"),
+    "accepted": ("accepted",),
 }
 """What columns are called, the likeliest first."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The column of each part of a question, None for none; `text` is asked of every picture where `question` is None."""
+    """The column of each part of a question, None for none; `text` is asked of every picture where `question` is None.
+
+    Columns are found by their usual names where they hold one value a row, `accepted` where it holds lists; a label's
+    column that the user names may hold lists too: then each text in one is a right answer.
+    """
 
     images: str
     id: str | None = None
@@ -33,6 +38,7 @@ class Columns:
     label: str | None = None
     target: str | None = None
     group: str | None = None
+    accepted: str | None = None
     text: str | None = None
 
     @classmethod
@@ -53,7 +59,7 @@ class Columns:
         found: dict[str, str | None] = {
             part: given[part]
             if part in given
-            else next((n for n in usual if n in names and (part == "images" or _scalar(features[n]))), None)
+            else next((n for n in usual if n in names and _fits(part, features[n])), None)
             for part, usual in NAMES.items()
         }
         text = None
@@ -79,8 +85,13 @@ class Columns:
         return cls(text=text, **found)  # type: ignore[arg-type]
 
 
+def _fits(part: str, feature: Any) -> bool:
+    """Whether a column of such cells is meant without being named: a list of captions is not meant as right answers."""
+    return part == "images" or _scalar(feature) is not (part == "accepted")
+
+
 def _scalar(feature: Any) -> bool:
-    """Whether cells hold one value: a list of answers names no single right one."""
+    """Whether cells hold one value."""
     return hasattr(feature, "dtype") and not isinstance(feature, list | dict) and feature.dtype not in ("list", "dict")
 
 
@@ -93,6 +104,13 @@ def as_text(value: Any, feature: Any, name: str) -> str | None:
     if hasattr(feature, "int2str") and isinstance(value, int):
         return str(feature.int2str(value))
     return str(value)
+
+
+def answers_of(value: Any) -> tuple[str, ...]:
+    """The texts of a cell: one, or a list of them, bare or (as VQAv2's) in mappings with an `answer`; empty ones are none."""
+    items = value if isinstance(value, list | tuple) else [value]
+    items = [item["answer"] if isinstance(item, Mapping) and "answer" in item else item for item in items]
+    return tuple(str(item) for item in items if isinstance(item, str | int | float) and str(item).strip())
 
 
 def picture_of(value: Any, base: Path | None) -> Image.Image:

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from lmms_smoothguard.errors import ConfigError
-from lmms_smoothguard.evaluation.columns import Columns, as_text, picture_of
+from lmms_smoothguard.evaluation.columns import Columns, answers_of, as_text, picture_of
 from lmms_smoothguard.evaluation.tables import open_table
 
 _SHOWN = 10
@@ -29,7 +29,8 @@ _SHOWN = 10
 @dataclass(frozen=True)
 class Question:
     """images: RGB, in the order of the prompt; label: the right answer; target: what an attack wants said; group: what it
-    shares with questions that depend on it, such as its picture's scene."""
+    shares with questions that depend on it, such as its picture's scene; accepted: where several answers are right all of
+    them, the label being the most frequent one."""
 
     id: str
     images: tuple[Image.Image, ...]
@@ -37,6 +38,12 @@ class Question:
     label: str | None = None
     target: str | None = None
     group: str | None = None
+    accepted: tuple[str, ...] = ()
+
+    @property
+    def right(self) -> tuple[str, ...]:
+        """Every right answer; none where that is not known."""
+        return self.accepted or (() if self.label is None else (self.label,))
 
 
 class Words(NamedTuple):
@@ -47,6 +54,7 @@ class Words(NamedTuple):
     label: str | None = None
     target: str | None = None
     group: str | None = None
+    accepted: tuple[str, ...] = ()
 
 
 class Questions(Sequence[Question]):
@@ -67,7 +75,7 @@ class Questions(Sequence[Question]):
     ) -> None:
         """pictures: the pictures of the n-th question, PIL images or what raises OSError or ValueError when it is read.
 
-        Raises ConfigError for no questions, empty ones, duplicate ids, and pictures that are missing or cannot be read.
+        Raises ConfigError for no questions, empty ones, missing or duplicate ids, and pictures that are missing or cannot be read.
         """
         self.source, self.split, self.max_new_tokens = source, split, max_new_tokens
         self._words, self._pictures = tuple(words), pictures
@@ -108,11 +116,17 @@ class Questions(Sequence[Question]):
     def _check_words(self) -> None:
         if not self._words:
             raise ConfigError(f"{self.source} has no questions{_of(self.split)}; expected at least one")
+        bare = [f"row {number}" for number, words in enumerate(self._words) if not words.id.strip()]
+        if bare:
+            raise ConfigError(
+                f"{self.source} has no id in {_some(bare)}; expected one in each. Mend them, or name another id column, or none "
+                "for row numbers (--column id=none)"
+            )
         twice = sorted(name for name, count in Counter(self.ids).items() if count > 1)
         if twice:
             raise ConfigError(
                 f"{self.source} has duplicate ids: {_some(twice)}; expected each once. Name another id column, or none for "
-                "row numbers"
+                "row numbers (--column id=none)"
             )
         empty = [words.id for words in self._words if not words.text.strip()]
         if empty:
@@ -121,7 +135,7 @@ class Questions(Sequence[Question]):
     def _checked_digests(self) -> tuple[str, ...]:
         digests, broken = [], []
         for number, words in enumerate(self._words):
-            hasher = hashlib.sha256(json.dumps(words).encode())
+            hasher = hashlib.sha256(json.dumps(words if words.accepted else words[:-1]).encode())
             try:
                 images = self._images(number)
                 if not images:
@@ -151,8 +165,8 @@ def load_questions(
 
     split: "test", or "config:test" for a data set of several configs; limit: the first so many; question: the text asked
     about every picture, or the column that has the questions; columns: names of columns for `id`, `images`, `question`,
-    `label`, `target` and `group`, None for none; without a name sensible ones are found. A folder's ids are the paths
-    within it. Raises ConfigError for whatever cannot be meant or read; nothing is left out in silence.
+    `label`, `target`, `group` and `accepted`, None for none; without a name sensible ones are found. A folder's ids are the
+    paths within it. Raises ConfigError for whatever cannot be meant or read; nothing is left out in silence.
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ConfigError(f"limit is {limit!r}; expected a whole number of at least 1")
@@ -167,10 +181,15 @@ def load_questions(
         def field(name: str | None) -> str | None:
             return None if name is None else as_text(row[name], rows.features[name], name)
 
-        label, target, group = (field(name) or None for name in (chosen.label, chosen.target, chosen.group))
+        cell = None if chosen.label is None else row[chosen.label]
+        several = isinstance(cell, list)
+        label, accepted = labelled(answers_of(cell)) if several else (field(chosen.label) or None, ())
+        if chosen.accepted is not None:
+            label, accepted = labelled(answers_of(row[chosen.accepted]), label)
+        target, group = (field(name) or None for name in (chosen.target, chosen.group))
         name = str(number) if chosen.id is None else field(chosen.id)
         text = chosen.text if chosen.question is None else field(chosen.question)
-        return Words(str(name), text or "", label, target, group)
+        return Words(name or "", text or "", label, target, group, accepted)
 
     pictures = rows.select_columns([chosen.images])
 
@@ -180,6 +199,15 @@ def load_questions(
 
     asked = [words(number, row) for number, row in enumerate(bare)] if bare.column_names else _alone(len(rows), words)
     return Questions(asked, images, source=table.source, split=table.split)
+
+
+def labelled(answers: Sequence[str], label: str | None = None) -> tuple[str | None, tuple[str, ...]]:
+    """The label of a question with these right answers, the most frequent one where none is given, and all of them; without
+    the second where there is only one."""
+    if label is None and answers:
+        label = Counter(answers).most_common(1)[0][0]
+    every = tuple(dict.fromkeys([*answers, *([] if label is None else [label])]))
+    return label, every if len(every) > 1 else ()
 
 
 def _alone(count: int, words: Callable[[int, Mapping[str, Any]], Words]) -> list[Words]:

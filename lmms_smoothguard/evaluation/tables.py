@@ -12,6 +12,7 @@ FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "cs
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 ATTACKS = "attacks.parquet"
 """The table that `smoothguard attack` leaves in its directory."""
+_SAVED = ("state.json", "dataset_dict.json")
 
 
 class Table(NamedTuple):
@@ -31,7 +32,7 @@ def open_table(source: str, split: str | None) -> Table:
     if path.is_file():
         return _file(path, split)
     if path.is_dir():
-        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        if any((path / name).is_file() for name in _SAVED):
             return _saved(path, split)
         pictures = _pictures_in(path)
         described = any(next(path.rglob(f"metadata{ending}"), None) for ending in FORMATS)
@@ -41,6 +42,20 @@ def open_table(source: str, split: str | None) -> Table:
             )
         return _folder(path, pictures, split) if pictures and not described else _loaded(source, path, split)
     return _loaded(source, None, split)
+
+
+def refuse_inside(source: str, places: Mapping[str, Path]) -> None:
+    """Raises ConfigError for a place, by its option, beneath a folder whose files are all read: what is written there would
+    be taken for more questions the next time."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir() or any((folder / name).is_file() for name in (ATTACKS, *_SAVED)):
+        return
+    for option, place in places.items():
+        if place.expanduser().resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(
+                f"{option} is {place}, inside the data {source}, where its files would be taken for more questions the next time; "
+                "expected a directory elsewhere"
+            )
 
 
 def _library() -> Any:

@@ -7,6 +7,7 @@ Settings follow a `?`: `guard/DIR?batch_size=8&device=cuda:1`. `batch_size` (16)
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ class GuardJudge:
         self._template = _template(self._tokenizer, name)
         self._lock = threading.Lock()  # scorers may run in threads; a model answers one batch at a time
         commit = getattr(self._model.config, "_commit_hash", None)
-        self.version = f"{name}@{commit}" if commit else name
+        self.version = f"{name}@{commit or _content(self._model, self._template)}"
 
     def judge(self, question: str, answer: str) -> Judgement:
         return self.judge_batch([Exchange(question, answer)])[0]
@@ -156,6 +157,13 @@ def _template(tokenizer: Any, name: str) -> str:
             f"judge 'guard/{name}' has no chat template, which says what a guard is asked; expected chat_template.jinja (or "
             "chat_template in tokenizer_config.json) beside its weights. Save the model card's template there."
         ) from error
+
+
+def _content(model: Any, template: str) -> str:
+    """What a directory's name does not say: which weights, and what they are asked."""
+    from lmms_smoothguard.attacks.craft import model_fingerprint
+
+    return hashlib.sha256(f"{model_fingerprint(model)} {template}".encode()).hexdigest()[:16]
 
 
 def _longest(config: Any) -> int | None:

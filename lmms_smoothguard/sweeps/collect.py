@@ -18,7 +18,7 @@ from lmms_smoothguard.attacks.goals import goal
 from lmms_smoothguard.attacks.settings import AttackSettings
 from lmms_smoothguard.choice import Choice
 from lmms_smoothguard.config import SmoothGuardConfig
-from lmms_smoothguard.errors import AttackError, ConfigError
+from lmms_smoothguard.errors import ConfigError
 from lmms_smoothguard.evaluation.pope import yes_or_no
 from lmms_smoothguard.evaluation.questions import Question, Questions, Words
 from lmms_smoothguard.subject import GREEDY, Subject
@@ -33,7 +33,8 @@ QUIET = Noise(0.0, "pixel", 0)
 
 class Cell(NamedTuple):
     """What one question got under one condition and noise: the answer to the unperturbed input, and those of the noisy
-    copies 1, 2, ...; `attack`: the adversarial picture's entry, None for a clean one."""
+    copies 1, 2, ...; `attack`: the adversarial picture's entry without its images, which many cells would not fit into memory
+    with; None for a clean picture."""
 
     plain: Ids
     noisy: tuple[Ids, ...]
@@ -97,6 +98,12 @@ class Collector:
                 f"{len(without)} questions of {questions.source} have no right answer, the first: {', '.join(without[:5])}; "
                 "expected one for each, in a column such as answer (--columns label=NAME)"
             )
+        several = [words.id for words in questions.words if words.accepted]
+        if several:
+            raise ConfigError(
+                f"{len(several)} questions of {questions.source} have several right answers, the first: {', '.join(several[:5])}; "
+                "expected one for each: a sweep counts a copy's answer as right or wrong by its label alone"
+            )
         from tqdm import tqdm
 
         found, passes = Answers(questions.words), self._passes()
@@ -122,9 +129,9 @@ class Collector:
 
     def _cells(self, asked: Sequence[_Asked], condition: Condition, noise: Noise, bar: Any) -> Iterator[Cell]:
         attack = condition.at(noise.sigma)
-        entries = [None] * len(asked) if attack is None else self._craft(asked, attack, noise)
-        for part, entry in zip(asked, entries, strict=True):
-            inputs = part.inputs
+        entries = {} if attack is None else self._craft(asked, attack, noise)
+        for number, part in enumerate(asked):
+            inputs, entry = part.inputs, entries.get(number)
             if entry is not None:
                 pictures = tuple(Image.fromarray(image) for image in entry.images)
                 inputs = self._subject.inputs(dataclasses.replace(part.question, images=pictures))
@@ -132,10 +139,11 @@ class Collector:
             plain = self._answerer.clean(arguments)
             copies = self._answerer.noisy(arguments, noise, self._grid.copies()) if noise.sigma else []
             bar.update()
-            yield Cell(plain, tuple(copies), entry)
+            yield Cell(plain, tuple(copies), None if entry is None else entry._replace(images=()))
 
-    def _craft(self, asked: Sequence[_Asked], attack: AttackSettings, noise: Noise) -> list[Entry]:
-        """Adversarial pictures: one set an attack; with EOT one for each noise that the attacker averages over."""
+    def _craft(self, asked: Sequence[_Asked], attack: AttackSettings, noise: Noise) -> dict[int, Entry]:
+        """Adversarial pictures by the question's place: one set an attack; with EOT one for each noise that the attacker averages
+        over. A question whose clean answer is empty has none: there is nothing to lead away from, and it is in no ASR."""
         key = noise._replace(seed=0) if attack.eot else None
         if key not in self._crafters:
             config = SmoothGuardConfig(sigma=noise.sigma, noise_space=noise.space)
@@ -143,9 +151,10 @@ class Collector:
             self._crafters[key] = Crafter(
                 self._subject.model, self._subject.processor, self._attacks, defense, self._batch_size, self._quiet
             )
-        return self._crafters[key].craft([self._job(part, attack) for part in asked])
+        jobs = {number: job for number, part in enumerate(asked) if (job := self._job(part, attack)) is not None}
+        return dict(zip(jobs, self._crafters[key].craft(list(jobs.values())), strict=True))
 
-    def _job(self, part: _Asked, attack: AttackSettings) -> Job:
+    def _job(self, part: _Asked, attack: AttackSettings) -> Job | None:
         label = part.question.label
         (said,) = self._answerer.texts([part.clean])
         answer = goal(
@@ -156,8 +165,4 @@ class Collector:
             label=label,
             clean_is_right=label is None or is_right(said, label),
         )
-        if answer is None:
-            raise AttackError(
-                f"the clean answer to question {part.question.id!r} is empty; expected words to lead away from"
-            )
-        return Job(attack, part.question.images, part.inputs, answer)
+        return None if answer is None else Job(attack, part.question.images, part.inputs, answer)

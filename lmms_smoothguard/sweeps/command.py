@@ -23,6 +23,7 @@ _PRESET = "Fixed sweeps"
 
 
 def sweep(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Argument(help="A hub id, a directory with safetensors weights, or tiny-llava.")
     ] = None,
@@ -82,9 +83,9 @@ def sweep(
     Writes sweep.json, its samples and figures; killed and started again, it goes on where it was.
     """
     from lmms_smoothguard.attacks.cache import default_cache_dir
+    from lmms_smoothguard.evaluation.tables import refuse_inside
     from lmms_smoothguard.sweeps import grid as grids
 
-    _check_writable(out)
     if preset is not None:
         from lmms_smoothguard.sweeps.presets import run_preset
 
@@ -92,6 +93,12 @@ def sweep(
             raise ConfigError(
                 f"preset is {preset!r}, which has a model and data of its own; expected neither beside it"
             )
+        if given := sorted(_given(context) - {"preset", "only", "limit", "out", "cache"}):
+            raise ConfigError(
+                f"{given[0]} is given, and preset {preset!r} has its own; expected nothing beside it but --only, --limit, --out "
+                "and --cache"
+            )
+        _check_writable(out)
         for path in run_preset(preset, cache or default_cache_dir(), out, only or (), limit):
             typer.echo(path)
         return
@@ -99,6 +106,8 @@ def sweep(
         raise ConfigError(
             "expected a model and data, such as `smoothguard sweep tiny-llava shapes_pope`, or --preset readme"
         )
+    refuse_inside(data, {"out": out, "cache": cache or default_cache_dir()})
+    _check_writable(out)
     attacks = grids.pairs("--set", settings or ())
     if reserved := {"name", "eps", "eot"} & set(attacks):
         raise ConfigError(f"--set has {min(reserved)}; expected it in --attack (pgd+eot8) or --eps")
@@ -156,6 +165,11 @@ def _run(
     typer.echo(describe(record))
     for file in [path, *draw_all([record], samples, out)]:
         typer.echo(file)
+
+
+def _given(context: typer.Context) -> set[str]:
+    """The options that the user wrote."""
+    return {name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
 
 
 def _command(model: str, data: str, asked: Mapping[str, Any]) -> str:

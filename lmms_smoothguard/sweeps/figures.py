@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-from lmms_smoothguard.evaluation.clusters import design_effect
+from lmms_smoothguard.evaluation.clusters import clustered_rate, design_effect
 from lmms_smoothguard.evaluation.differences import paired_difference
 from lmms_smoothguard.evaluation.figures import Figure
 from lmms_smoothguard.evaluation.means import mean
@@ -24,7 +24,7 @@ def rates(by_seed: BySeed) -> dict[str, Figure]:
     wrong. Wilson's intervals; several seeds are pooled over questions."""
     samples = [sample for listed in by_seed.values() for sample in listed]
     figures = {"accuracy": _rate({seed: outcomes(listed, "accuracy") for seed, listed in by_seed.items()}, by_seed)}
-    if samples[0].attack_key is not None:
+    if samples[0].clean_right is not None:
         figures["asr"] = _rate({seed: outcomes(listed, "asr") for seed, listed in by_seed.items()}, by_seed)
     if samples[0].agreement is not None:
         figures["agreement"] = _mean(by_seed, lambda sample: sample.agreement)
@@ -34,18 +34,24 @@ def rates(by_seed: BySeed) -> dict[str, Figure]:
 
 def by_poisoned_copies(by_seed: BySeed) -> dict[str, Figure]:
     """`wrong[k]`: of the samples that the undefended model gets right when clean and of whose noisy copies k are wrong, the
-    share whose vote is wrong: ASR, by how many copies the attack still reaches through the noise."""
-    counted: dict[int, list[bool]] = {}
+    share whose vote is wrong: ASR, by how many copies the attack still reaches through the noise. Of several seeds the
+    outcomes of one question, or scene, are a cluster."""
+    counted: dict[int, list[tuple[bool, Hashable]]] = {}
     for listed in by_seed.values():
+        groups = groups_of_samples(listed)
         for sample in listed:
             if sample.candidates is not None and sample.clean_right is not False:
-                counted.setdefault(_poisoned(sample), []).append(not sample.right)
-    return {f"wrong[{k}]": rate(counted[k]).figure() for k in sorted(counted)}
+                counted.setdefault(_poisoned(sample), []).append((not sample.right, groups[sample.id]))
+    figures = {}
+    for k in sorted(counted):
+        wrong, places = zip(*counted[k], strict=True)
+        figures[f"wrong[{k}]"] = clustered_rate(wrong, places) if len(by_seed) > 1 else rate(wrong).figure()
+    return figures
 
 
 def differences(by_seed: BySeed, vote: BySeed) -> dict[str, Figure]:
     """`accuracy - vote` and `asr - vote`: this point's rate minus that of the vote on all copies, paired by question."""
-    names = ["accuracy", *(["asr"] if next(iter(by_seed.values()))[0].attack_key is not None else [])]
+    names = ["accuracy", *(["asr"] if next(iter(by_seed.values()))[0].clean_right is not None else [])]
     figures = {}
     for name in names:
         first, second = (_all_seeds(side, name) for side in (by_seed, vote))

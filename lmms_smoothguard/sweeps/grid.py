@@ -169,6 +169,11 @@ def conditions(
         found = re.fullmatch(r"(?P<name>[^+]+)(\+eot(?P<draws>\d*))?", asked)
         if found is None:
             raise ConfigError(f"attack is {asked!r}; expected none, an attack such as pgd, or one with +eot or +eot8")
+        if found["name"] == "universal":
+            raise ConfigError(
+                f"attack is {asked!r}, one change for all images, which a sweep cannot craft image by image; expected an attack on "
+                "each image, such as pgd"
+            )
         draws = 0 if "+" not in asked else int(found["draws"] or EOT_DRAWS)
         if "+" in asked and draws < 1:
             raise ConfigError(f"attack is {asked!r}; expected at least one draw, such as {found['name']}+eot8")

@@ -164,13 +164,19 @@ def _in(point: PointRecord, space: str) -> bool:
 
 
 class Trade(NamedTuple):
-    """A defence by its name: accuracy on clean pictures and 1 - ASR, in percent, copies answered, sigma."""
+    """A defence by its name: accuracy on clean pictures and 1 - ASR, in percent, copies answered, sigma in units of `space`."""
 
     name: str
     utility: float
     robustness: float
     copies: int
     sigma: float
+    space: str = ""
+
+    @property
+    def noise(self) -> tuple[float, str]:
+        """What its line and colour stand for; none of no size."""
+        return self.sigma, self.space if self.sigma else ""
 
 
 def trades(records: Sequence[SweepRecord], task: str) -> list[Trade]:
@@ -179,12 +185,14 @@ def trades(records: Sequence[SweepRecord], task: str) -> list[Trade]:
     for record in sorted(records, key=lambda r: -max(t.data.count for t in r.tasks.values())):
         for point in record.points:
             asr = record.figure(point, task, "asr")
-            clean = next((f for r in records for p in r.points if p.name == point.name
-                          and (f := r.figure(p, CLEAN, "accuracy")) is not None), None)  # fmt: skip
+            every = [f for r in records for p in r.points if p.name == point.name
+                     and (f := r.figure(p, CLEAN, "accuracy")) is not None]  # fmt: skip
+            clean = max(every, key=lambda figure: figure.count, default=None)
             if asr is None or clean is None or asr.value is None or clean.value is None or point.name in made:
                 continue
             copies = 1 if point.defense is None else int(point.defense["num_samples"])
-            made[point.name] = Trade(point.name, 100 * clean.value, 100 * (1 - asr.value), copies, _sigma(point))
+            space = "" if point.defense is None else str(point.defense["noise_space"])
+            made[point.name] = Trade(point.name, 100 * clean.value, 100 * (1 - asr.value), copies, _sigma(point), space)
     return list(made.values())
 
 
@@ -200,16 +208,16 @@ def undominated(found: Iterable[Trade]) -> set[str]:
 
 
 def pareto_figure(records: Sequence[SweepRecord]) -> Any:
-    """Clean accuracy against 1 - ASR, one panel a task: a line a sigma, larger marks for more copies, a dark ring for what
+    """Clean accuracy against 1 - ASR, one panel a task: a line a noise, larger marks for more copies, a dark ring for what
     nothing else beats in all three. None where no defence has both figures."""
     tasks = list(dict.fromkeys(task for record in records for task, t in record.tasks.items() if t.attack is not None))
     shown = [(task, found) for task in tasks if len(found := trades(records, task)) > 2]
     if not shown:
         return None
-    sigmas = sorted({trade.sigma for _, found in shown for trade in found})
+    noises = sorted({trade.noise for _, found in shown for trade in found}, key=lambda noise: noise[::-1])
     from matplotlib import colormaps
 
-    colours = {s: colormaps["cividis"](0.1 + 0.85 * n / max(1, len(sigmas) - 1)) for n, s in enumerate(sigmas)}
+    colours = {s: colormaps["cividis"](0.1 + 0.85 * n / max(1, len(noises) - 1)) for n, s in enumerate(noises)}
     with style():
         figure, axes = panels(1, len(shown), 3.9 * len(shown), 3.7)
         for axis, (task, found) in zip(axes[0], shown, strict=True):
@@ -224,29 +232,30 @@ def pareto_figure(records: Sequence[SweepRecord]) -> Any:
     return figure
 
 
-def _pareto_panel(axis: Any, found: Sequence[Trade], colours: dict[float, Any]) -> None:
+def _pareto_panel(axis: Any, found: Sequence[Trade], colours: dict[tuple[float, str], Any]) -> None:
     best = undominated(found)
-    for sigma, colour in colours.items():
-        line = sorted((trade for trade in found if trade.sigma == sigma), key=lambda trade: trade.copies)
+    for noise, colour in colours.items():
+        line = sorted((trade for trade in found if trade.noise == noise), key=lambda trade: trade.copies)
         axis.plot([t.utility for t in line], [t.robustness for t in line], color=colour, linewidth=0.8, zorder=1)
         for trade in line:
             ring = "black" if trade.name in best else "white"
             axis.scatter(trade.utility, trade.robustness, s=_area(trade.copies), color=colour, edgecolors=ring,
                          linewidths=1.4 if trade.name in best else 0.5, zorder=3 if trade.name in best else 2,
-                         marker="X" if sigma == 0 else "o")  # fmt: skip
+                         marker="X" if noise[0] == 0 else "o")  # fmt: skip
     axis.margins(0.12)
     axis.set_xlim(right=min(axis.get_xlim()[1], 100.6))
     axis.set_ylim(top=min(axis.get_ylim()[1], 101.5))
 
 
-def _pareto_key(colours: dict[float, Any], copies: Sequence[int]) -> tuple[list[Any], list[str]]:
+def _pareto_key(colours: dict[tuple[float, str], Any], copies: Sequence[int]) -> tuple[list[Any], list[str]]:
     from matplotlib.lines import Line2D
 
     def mark(colour: Any, area: float, ring: str = "white", shape: str = "o") -> Any:
         return Line2D([], [], linestyle="", marker=shape, color=colour, markersize=area**0.5, markeredgecolor=ring)
 
-    handles = [mark(colour, 40, shape="X" if s == 0 else "o") for s, colour in colours.items()]
-    names = ["undefended" if s == 0 else f"sigma {s:g}" for s in colours]
+    handles = [mark(colour, 40, shape="X" if s == 0 else "o") for (s, _), colour in colours.items()]
+    several = len({space for s, space in colours if s}) > 1
+    names = ["undefended" if s == 0 else f"sigma {s:g}{f' {space}' if several else ''}" for s, space in colours]
     handles += [mark(GREY, _area(count)) for count in copies] + [mark("white", 40, "black")]
     return handles, [*names, *(f"N = {count}" for count in copies), "nothing better"]
 

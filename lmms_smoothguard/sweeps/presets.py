@@ -82,7 +82,7 @@ def parts_of(preset: str, only: Sequence[str] = ()) -> tuple[Part, ...]:
 def run_preset(
     preset: str, cache: Path, results: Path, only: Sequence[str] = (), limit: int | None = None
 ) -> list[Path]:
-    """Runs the parts that have no result file yet, or those named in `only`, and returns the new files.
+    """Runs the parts that have no result file yet, or one of fewer questions, or that are named in `only`; returns the new files.
 
     limit: questions of each part, for a trial; such files are no results and go beside no others (`results` must have none).
     """
@@ -92,10 +92,14 @@ def run_preset(
     from lmms_smoothguard.sweeps.session import sweep
 
     asked = parts_of(preset, only)
-    todo = [part for part in asked if only or not (results / f"{part.name}.json").exists()]
+    todo = [
+        part
+        for part in asked
+        if only or not _is_done(results / f"{part.name}.json", min(part.limit, limit or part.limit))
+    ]
     if limit is not None and any(results.glob("*.json")) and not _are_trials(results, limit):
         raise SmoothGuardError(
-            f"limit is {limit}, a trial, and {results} has result files; expected another directory (--to) for a trial"
+            f"limit is {limit}, a trial, and {results} has result files; expected another directory (--out) for a trial"
         )
     if not todo:
         return []
@@ -116,6 +120,13 @@ def run_preset(
         made.append(write_sweep(results, record, samples))
         log.warning("%s: %d questions in %.0f s", part.name, len(questions), time.perf_counter() - started)
     return made
+
+
+def _is_done(path: Path, count: int) -> bool:
+    """Whether a part's file is there and has all its questions: a trial's is no result."""
+    from lmms_smoothguard.sweeps.records import read_sweep
+
+    return path.exists() and all(task.data.count >= count for task in read_sweep(path).tasks.values())
 
 
 def _are_trials(results: Path, limit: int) -> bool:

@@ -14,7 +14,7 @@ from lmms_smoothguard.evaluation.questions import Words
 from lmms_smoothguard.evaluation.samples import SampleRecord
 from lmms_smoothguard.sweeps.answers import Ids, Noise
 from lmms_smoothguard.sweeps.collect import QUIET, Answers, Cell, is_right
-from lmms_smoothguard.sweeps.grid import Point
+from lmms_smoothguard.sweeps.grid import CLEAN, Point
 
 
 class Replay:
@@ -30,13 +30,15 @@ class Replay:
         noise = QUIET if config is None else Noise(config.sigma, config.noise_space, seed)
         task = f"{condition} | {point.name}" + (f", seed {seed}" if config is not None and len(point.seeds) > 1 else "")
         cells = answers.cells[condition, noise]
+        before = [None] * len(cells) if condition == CLEAN else answers.clean
         return [
             self._sample(words, clean, cell, point, run, task)
-            for words, clean, cell in zip(answers.words, answers.clean, cells, strict=True)
+            for words, clean, cell in zip(answers.words, before, cells, strict=True)
         ]
 
-    def _sample(self, words: Words, clean: Ids, cell: Cell, point: Point, run: str, task: str) -> SampleRecord:
-        (before,) = self._texts([clean])
+    def _sample(self, words: Words, clean: Ids | None, cell: Cell, point: Point, run: str, task: str) -> SampleRecord:
+        """`clean`: the undefended answer to the clean picture, None where nothing else is asked about."""
+        before = None if clean is None else self._texts([clean])[0].strip()
         texts, verdict = self.vote(cell, point)
         answer = texts[verdict.chosen].strip()
         record = {} if cell.attack is None else cell.attack.record
@@ -50,9 +52,9 @@ class Replay:
             answer=answer,
             group=words.group,
             target=words.label,
-            clean_answer=None if cell.attack is None else before.strip(),
+            clean_answer=before,
             right=is_right(answer, words.label),
-            clean_right=None if cell.attack is None else is_right(before, words.label),
+            clean_right=None if before is None else is_right(before, words.label),
             candidates=tuple(text.strip() for text in texts) if defended else None,
             labels=verdict.labels if defended else None,
             agreement=verdict.agreement if defended else None,

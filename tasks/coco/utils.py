@@ -14,15 +14,15 @@ from lmms_eval.tasks.coco_cap.utils import coco_doc_to_visual
 from loguru import logger
 
 from lmms_smoothguard.harness.lmms_eval.scoring import *
-from lmms_smoothguard.harness.lmms_eval.scoring import change_scores, clean_answer, left_out
+from lmms_smoothguard.harness.lmms_eval.scoring import change_scores, clean_answer
 
 CLEAN = ("coco_Bleu_4", "coco_METEOR", "coco_CIDEr")
 
 
 def results(doc, results):
     scores = change_scores(doc, results[0])
-    if left_out(doc):
-        return scores
+    if not scores:
+        return {}
     clean = upstream.coco_process_result(doc, [clean_answer(doc).strip()])
     return scores | upstream.coco_process_result(doc, results) | {f"clean_{name}": clean[name] for name in CLEAN}
 

@@ -6,7 +6,7 @@ and on the undefended clean ones (`clean_gpt_eval_llava_all`), two calls a quest
 """
 
 from lmms_smoothguard.harness.lmms_eval.scoring import *
-from lmms_smoothguard.harness.lmms_eval.scoring import change_scores, clean_answer, left_out
+from lmms_smoothguard.harness.lmms_eval.scoring import change_scores, clean_answer
 from lmms_smoothguard.harness.lmms_eval.upstream import task_module
 
 upstream = task_module("llava-in-the-wild")
@@ -21,8 +21,8 @@ ALL = "gpt_eval_llava_all"
 
 def results(doc, results):
     scores = change_scores(doc, results[0])
-    if left_out(doc):
-        return scores | {"judge_failed": 0}
+    if not scores:
+        return {}
     final = upstream.llava_process_results(doc, results)
     clean = upstream.llava_process_results(doc, [clean_answer(doc).strip()])
     failed = [_failed(judged[ALL]) for judged in (final, clean)]

@@ -1,8 +1,8 @@
 """Documents of the embedded scenes: prompts, images, scores."""
 
 from lmms_eval.tasks.pope.utils import *
-from lmms_eval.tasks.pope.utils import pope_process_results
 
+from lmms_smoothguard.harness.lmms_eval.pope import pope_asr, pope_attacked_scores
 from lmms_smoothguard.harness.lmms_eval.safety import attacked_safety_scores, metric_list, safety_scores
 from lmms_smoothguard.harness.lmms_eval.scoring import *
 from lmms_smoothguard.harness.lmms_eval.scoring import attack_scores, caption_scores, same_answer
@@ -20,8 +20,7 @@ def doc_to_text(doc):
 
 
 def pope_attacked_results(doc, results):
-    scores = attack_scores(doc, results[0], lambda answer: same_answer(answer, doc["answer"]))
-    return pope_process_results(doc, results) | scores
+    return pope_attacked_scores(doc, results[0])
 
 
 def caption_results(doc, results):
@@ -30,7 +29,7 @@ def caption_results(doc, results):
 
 def caption_attacked_results(doc, results):
     scores = attack_scores(doc, results[0], lambda answer: same_answer(answer, doc["caption"]))
-    return caption_scores(doc, results[0]) | scores
+    return caption_scores(doc, results[0]) | scores if scores else {}
 
 
 def safety_results(doc, results):

@@ -20,6 +20,8 @@ def _results(doc, answer, process):
         return process(copy.deepcopy(doc), [text.strip()])["exact_match"]  # upstream rewrites the document's answers
 
     scores = attack_scores(doc, answer, lambda text: accuracy(text) >= RIGHT)
+    if not scores:
+        return {}
     return scores | {"exact_match": accuracy(answer), "clean_exact_match": accuracy(clean_answer(doc))}
 
 

@@ -1,7 +1,8 @@
 """Attacks the requests of a run before they are answered: plan, one clean pass each, crafting, other images in their places.
 
 A sample that cannot be attacked (no image in a mixed task; an empty clean answer, which leaves nothing to lead away from)
-stays as it is, is logged with the reason, and is in no rate under attack.
+stays as it is, is logged with the reason, and is in no rate under attack. A clean answer is kept as a scorer would be given it
+(`clean_answer` in the samples log), and where that is not all the model said as it was said too (`clean_answer_raw`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lmms_smoothguard.attacks.goals import goal
 from lmms_smoothguard.attacks.universal_crafter import UniversalCrafter
 from lmms_smoothguard.errors import AttackError
 from lmms_smoothguard.harness.lmms_eval import ledger, universal
+from lmms_smoothguard.harness.lmms_eval.finishing import Finished, Finisher
 from lmms_smoothguard.harness.lmms_eval.instances import document_of, with_images
 from lmms_smoothguard.harness.lmms_eval.options import Options
 from lmms_smoothguard.harness.lmms_eval.planning import NO_ANSWER, NO_IMAGE, Plan, plan
@@ -26,6 +28,8 @@ from lmms_smoothguard.harness.lmms_eval.recording import PlainPass, recorded
 
 INFO = "_smoothguard"
 """The key of a request's metadata under which the samples log's fields about its attack travel."""
+CLEAN = "_smoothguard_clean"
+"""The same for the clean answer, a `Finished`."""
 
 
 def attacked_requests(
@@ -35,15 +39,17 @@ def attacked_requests(
     model: Any,
     processor: Any,
     answer: Callable[[Instance], str],
+    finisher: Finisher,
     quiet: bool,
 ) -> dict[int, Instance]:
     """What takes the place of each request that an attack is asked for, by the request's id.
 
-    `answer`: the wrapper's own, undefended answer to a request; `quiet`: no progress bars.
+    `answer`: the wrapper's own, undefended answer to a request; `finisher`: what makes of it what a scorer is given;
+    `quiet`: no progress bars.
     """
     together, others = universal.split(requests, options)
     plans, bare = plan(wrapper, others, options) if others else ([], [])
-    made = {id(request): _left_out(wrapper, request, NO_IMAGE, "") for request in bare}
+    made = {id(request): _left_out(wrapper, request, NO_IMAGE, "", Finished("", "")) for request in bare}
     if not plans and not together:
         return made
     if processor is None:
@@ -53,20 +59,41 @@ def attacked_requests(
     cache = AttackCache(options.attack_cache)
     crafter = UniversalCrafter(model, processor, cache, options.defense, options.attack_batch_size, quiet)
     way = universal.OrdinaryWay(wrapper, model, crafter.fingerprint, cache, answer, quiet)
-    for shown in universal.shown_requests(way, together, options, crafter, processor, tokenizer) if together else ():
-        made[id(shown.plan.request)] = _attacked(shown.plan, shown.plain, shown.entry, shown.arguments)
+    shown = universal.shown_requests(way, together, options, crafter, processor, tokenizer) if together else []
+    passes = _plain_passes(plans, model, crafter.fingerprint, cache, answer, quiet)
+    clean = _finished([*((each.plan, each.plain) for each in shown), *passes], requests, finisher)
+    for each in shown:
+        request = each.plan.request
+        made[id(request)] = _attacked(each.plan, each.plain, clean[id(request)], each.entry, each.arguments)
     jobs: list[tuple[Plan, PlainPass, Job]] = []
-    for one, plain in _plain_passes(plans, model, crafter.fingerprint, cache, answer, quiet):
-        job = _job(one, plain, tokenizer)
+    for one, plain in passes:
+        job = _job(one, plain, clean[id(one.request)], tokenizer)
         if job is None:
-            made[id(one.request)] = _left_out(wrapper, one.request, NO_ANSWER, plain.text)
+            made[id(one.request)] = _left_out(wrapper, one.request, NO_ANSWER, plain.text, clean[id(one.request)])
         else:
             jobs.append((one, plain, job))
     entries = crafter.craft([job for _, _, job in jobs]) if jobs else []
     for (one, plain, _), entry in zip(jobs, entries, strict=True):
-        pictures = [Image.fromarray(image) for image in entry.images]
-        made[id(one.request)] = _attacked(one, plain, entry, with_images(wrapper, one.request, pictures))
+        pictures = with_images(wrapper, one.request, [Image.fromarray(image) for image in entry.images])
+        made[id(one.request)] = _attacked(one, plain, clean[id(one.request)], entry, pictures)
     return made
+
+
+def _finished(
+    passes: Sequence[tuple[Plan, PlainPass]], requests: Sequence[Instance], finisher: Finisher
+) -> dict[int, Finished]:
+    """The clean answers as scorers are given them, by the request's id. A task that asks for its attack itself is scored by
+    them: AttackError where no single text is what its scorer would be given."""
+    texts = {id(one.request): [plain.text] * int(one.request.repeats or 1) for one, plain in passes}
+    found = finisher.finish(requests, texts)
+    for one, _ in passes:
+        finished = found[id(one.request)]
+        if finished.unclear and "attack" in one.request.metadata:
+            raise AttackError(
+                f"the clean answer to {one.request.task_name}[{one.request.doc_id}] cannot be scored beside the final one: "
+                f"{finished.unclear}; expected one text. Give the task's filter_list one entry that ends in take_first."
+            )
+    return found
 
 
 def _plain_passes(
@@ -87,9 +114,9 @@ def _plain_passes(
     return passes
 
 
-def _job(one: Plan, plain: PlainPass, tokenizer: Any) -> Job | None:
+def _job(one: Plan, plain: PlainPass, clean: Finished, tokenizer: Any) -> Job | None:
     """None where the clean answer is empty, and no target was named to lead to."""
-    label = one.label(plain.text)
+    label = one.label(clean.scored)
     words = goal(tokenizer, plain.inputs, plain.answer, target=one.target, label=label, clean_is_right=label is None)
     if words is None:
         return None
@@ -110,13 +137,17 @@ def _check_targets(tokenizer: Any, plans: Sequence[Plan]) -> None:
             raise AttackError(f"{name} has words that the tokenizer does not know; expected words the model can say")
 
 
-def _left_out(wrapper: Any, request: Instance, reason: str, clean_answer: str) -> Instance:
-    ledger.record(request.task_name, document_of(wrapper, request), ledger.Note(clean_answer, reason))
-    info = {"attack_left_out": reason, "clean_answer": clean_answer}
-    return dataclasses.replace(request, metadata={**request.metadata, INFO: info})
+def _left_out(wrapper: Any, request: Instance, reason: str, raw: str, clean: Finished) -> Instance:
+    ledger.record(request.task_name, document_of(wrapper, request), ledger.Note(clean.scored, reason))
+    info = {"attack_left_out": reason, **_logged(raw, clean)}
+    return dataclasses.replace(request, metadata={**request.metadata, INFO: info, CLEAN: clean})
 
 
-def _attacked(one: Plan, plain: PlainPass, entry: Entry, arguments: tuple[Any, ...]) -> Instance:
+def _logged(raw: str, clean: Finished) -> dict[str, str]:
+    return {"clean_answer": clean.scored} | ({} if raw == clean.scored else {"clean_answer_raw": raw})
+
+
+def _attacked(one: Plan, plain: PlainPass, clean: Finished, entry: Entry, arguments: tuple[Any, ...]) -> Instance:
     info = {
         "attack": entry.record["attack"],
         "attack_key": entry.key,
@@ -124,11 +155,11 @@ def _attacked(one: Plan, plain: PlainPass, entry: Entry, arguments: tuple[Any, .
         "attack_l2": entry.record["l2"],
         "attack_rendering_gap": entry.record["rendering_gap"],
         "attack_seconds": entry.record["seconds"],
-        "clean_answer": plain.text,
+        **_logged(plain.text, clean),
     }
-    ledger.record(one.request.task_name, one.doc, ledger.Note(plain.text))
+    ledger.record(one.request.task_name, one.doc, ledger.Note(clean.scored))
     return dataclasses.replace(
         one.request,
         arguments=arguments,
-        metadata={**one.request.metadata, INFO: info},
+        metadata={**one.request.metadata, INFO: info, CLEAN: clean},
     )

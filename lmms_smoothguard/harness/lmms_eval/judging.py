@@ -10,10 +10,11 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lmms_eval.api.instance import GenerationResult, Instance
+from lmms_eval.api.instance import Instance
 
 from lmms_smoothguard.errors import ConfigError
-from lmms_smoothguard.harness.lmms_eval.attacking import INFO
+from lmms_smoothguard.harness.lmms_eval.attacking import CLEAN
+from lmms_smoothguard.harness.lmms_eval.finishing import Finished
 from lmms_smoothguard.harness.lmms_eval.instances import document_of
 from lmms_smoothguard.judges import Exchange, Judgement
 from lmms_smoothguard.judges.loading import LoadedJudge, load_judges
@@ -69,10 +70,11 @@ def exchange_of(question: str, answer: str) -> Exchange:
     return Exchange(question.strip(), answer.strip())
 
 
-def judge_ahead(wrapper: Any, requests: Sequence[Instance], answers: Sequence[GenerationResult]) -> None:
-    """Judges the answers to tasks whose metadata say `judged`, and the clean answers to those attacked, in one go."""
+def judge_ahead(wrapper: Any, finals: Sequence[tuple[Instance, Finished]]) -> None:
+    """Judges the answers to tasks whose metadata say `judged`, and the clean answers to those attacked, in one go: both as
+    they will be scored."""
     final, clean = [], []
-    for request, result in zip(requests, answers, strict=True):
+    for request, answer in finals:
         metadata: Mapping[str, Any] = request.metadata
         field = metadata.get(JUDGED)
         if field is None:
@@ -83,9 +85,9 @@ def judge_ahead(wrapper: Any, requests: Sequence[Instance], answers: Sequence[Ge
                 f"metadata.judged of {request.task_name} is {field!r}, which its documents lack; expected one of {', '.join(doc)}"
             )
         question = str(doc[field])
-        final.append(exchange_of(question, result.text))
-        if "clean_answer" in (info := metadata.get(INFO, {})):
-            clean.append(exchange_of(question, info["clean_answer"]))
+        final.append(exchange_of(question, answer.scored))
+        if CLEAN in metadata:
+            clean.append(exchange_of(question, metadata[CLEAN].scored))
     panel = judges() if final else ()
     for place, judge in enumerate(panel):
         ask(judge, [*final, *clean] if place == 0 else final)

@@ -37,6 +37,11 @@ def record(task: str, doc: Mapping[str, Any], note: Note) -> None:
     _notes.setdefault(place(doc), {})[task] = note
 
 
+def clear() -> None:
+    """Forgets everything: a run is never scored by the attacks of an earlier one."""
+    _notes.clear()
+
+
 def look_up(doc: Mapping[str, Any], task: str | None = None) -> Note:
     """What was noted of a document; `task` None is the one that lmms-eval is scoring.
 

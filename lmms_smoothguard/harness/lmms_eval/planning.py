@@ -14,6 +14,7 @@ from PIL import Image
 from lmms_smoothguard.aggregation.verdict import normalize_answer
 from lmms_smoothguard.errors import AttackError, did_you_mean
 from lmms_smoothguard.harness.lmms_eval import ledger, sharding
+from lmms_smoothguard.harness.lmms_eval.finishing import PADDING
 from lmms_smoothguard.harness.lmms_eval.instances import document_of, has_media, images_of, reading
 from lmms_smoothguard.harness.lmms_eval.options import Options, TaskAttack
 
@@ -56,16 +57,18 @@ def plan(wrapper: Any, requests: Sequence[Instance], options: Options) -> tuple[
     """
     plans: list[Plan] = []
     bare: list[Instance] = []
+    asked = False
     for request in {id(request): request for request in requests}.values():  # repeats are the same request again
         attack = options.attack_on(request.metadata)
-        if attack is None:
+        asked = asked or attack is not None
+        if attack is None or request.metadata.get(PADDING):
             continue
         made = _plan(wrapper, request, attack, options)
         if made is not None:
             plans.append(made)
         else:
             bare.append(request)
-    if options.attack and not plans and not bare:
+    if options.attack and not asked:
         given = ", ".join(f"attack_{name}" for name in options.attack)
         log.warning(
             "%s given, but no task of this run asks for an attack: nothing is attacked without attack=...", given

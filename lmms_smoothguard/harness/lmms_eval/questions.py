@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import difflib
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
 
 from lmms_smoothguard.errors import ConfigError, did_you_mean
-from lmms_smoothguard.evaluation.columns import NAMES
-from lmms_smoothguard.evaluation.questions import Questions, Words
+from lmms_smoothguard.evaluation.columns import NAMES, answers_of
+from lmms_smoothguard.evaluation.questions import Questions, Words, labelled
 from lmms_smoothguard.harness.lmms_eval import discovery
+
+log = logging.getLogger(__name__)
 
 
 def is_task(name: str) -> bool:
@@ -23,9 +26,10 @@ def is_task(name: str) -> bool:
 def load_task(name: str, *, limit: int | None = None) -> Questions:
     """The questions of one task: pictures and texts as its own functions give them, without any model's own prompts.
 
-    The label is the document's field that `metadata.attack.label` names, else the task's target where that is one text;
-    the target of an attack is `metadata.attack.target_field`'s. Raises ConfigError for a group, a task that is not known,
-    cannot be loaded, or asks for more than pictures.
+    The right answers are those in the document's field that `metadata.attack.label` names, all of them where it is a list (as
+    VQA's ten), else the task's target where that is one text; the target of an attack is `metadata.attack.target_field`'s.
+    Ids are the documents' own, or row numbers, with a warning, where some have none or share one. Raises ConfigError for a
+    group, a task that is not known, cannot be loaded, or asks for more than pictures.
     """
     manager = _manager_of(name)
     if manager is None:
@@ -47,9 +51,9 @@ def load_task(name: str, *, limit: int | None = None) -> Questions:
     count = min(limit or len(docs), len(docs))
     settings = task.config.generation_kwargs or {}
     attack = (task.config.metadata or {}).get("attack")
-    words = [
-        _words(task, docs[number], number, attack if isinstance(attack, Mapping) else {}) for number in range(count)
-    ]
+    attack = attack if isinstance(attack, Mapping) else {}
+    ids = _ids(name, docs)
+    words = [_words(task, docs[number], ids[number], attack) for number in range(count)]
 
     def pictures(number: int) -> Sequence[Image.Image]:
         visuals = task.doc_to_visual(docs[number]) or []
@@ -61,20 +65,50 @@ def load_task(name: str, *, limit: int | None = None) -> Questions:
     return Questions(words, pictures, source=name, split=split, max_new_tokens=settings.get("max_new_tokens"))
 
 
-def _words(task: Any, doc: Mapping[str, Any], number: int, attack: Mapping[str, Any]) -> Words:
+def _ids(name: str, docs: Any) -> list[str]:
+    """The documents' own, where each of ALL has one to itself, so that a question has the same one under any limit."""
+    numbers = [str(number) for number in range(len(docs))]
+    known = [part for part in NAMES["id"] if part in docs.column_names]
+    if not known:
+        return numbers
+    found = [_usual(doc, "id") or "" for doc in docs.select_columns(known)]  # without reading pictures
+    if len(set(found)) == len(found) and all(text.strip() for text in found):
+        return found
+    log.warning("%s has no %s of its own for each question, so they go by the numbers of their rows", name, known[0])
+    return numbers
+
+
+def _usual(doc: Mapping[str, Any], part: str) -> str | None:
+    return next((str(doc[name]) for name in NAMES[part] if isinstance(doc.get(name), str | int)), None)
+
+
+def _words(task: Any, doc: Mapping[str, Any], name: str, attack: Mapping[str, Any]) -> Words:
     target = doc.get(attack["target_field"]) if "target_field" in attack else attack.get("target")
-    label = doc.get(attack["label"]) if "label" in attack else task.doc_to_target(doc)
-
-    def usual(part: str) -> str | None:
-        return next((str(doc[name]) for name in NAMES[part] if isinstance(doc.get(name), str | int)), None)
-
+    right = answers_of(_field(doc, attack["label"])) if "label" in attack else _own_target(task, doc)
+    label, accepted = labelled(right)
     return Words(
-        usual("id") or str(number),
+        name,
         str(task.doc_to_text(doc)),
-        str(label) if isinstance(label, str | int | float) and str(label) else None,
+        label,
         None if target is None else str(target),
-        usual("group"),
+        _usual(doc, "group"),
+        accepted,
     )
+
+
+def _field(doc: Mapping[str, Any], name: str) -> Any:
+    if name not in doc:
+        raise ConfigError(f"a document has no field {name!r}, the right answer by its task; {did_you_mean(name, doc)}")
+    return doc[name]
+
+
+def _own_target(task: Any, doc: Mapping[str, Any]) -> tuple[str, ...]:
+    """The task's target where that is one text: a list of captions names no right one."""
+    asked = task.config.doc_to_target
+    if isinstance(asked, str) and asked not in doc and "{" not in asked:
+        return ()  # upstream's VQA tasks name a field that is not there, and lmms-eval takes its name for the answer
+    found = task.doc_to_target(doc)
+    return () if isinstance(found, list | tuple | Mapping) else answers_of(found)
 
 
 def _manager_of(name: str) -> Any:

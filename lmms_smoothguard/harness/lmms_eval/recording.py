@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from lmms_smoothguard.attacks.cache import AttackCache, content_key
@@ -58,13 +59,10 @@ def _answer(
     ids = kwargs["input_ids"]
     if ids.shape[0] != 1:
         raise AttackError(f"generate() is called with {ids.shape[0]} rows; expected one request at a time")
-    key = content_key(
-        kind="clean answer",
-        model=fingerprint,
-        settings={k: repr(v) for k, v in kwargs.items() if not isinstance(v, torch.Tensor)},
-        prompt=ids.cpu().numpy(),
-        pixels=kwargs["pixel_values"].float().cpu().numpy(),
-    )
+    # Every tensor, since any may change the answer: a grid's shape, an image's own size, a mask over padding.
+    tensors = {f"tensor {name}": _array(value) for name, value in _tensors(kwargs)}
+    settings = {k: repr(v) for k, v in kwargs.items() if not isinstance(v, torch.Tensor)}
+    key = content_key(kind="clean answer", model=fingerprint, settings=settings, **tensors)
     stored = cache.get_answer(key)
     if stored is not None:
         tokens = [int(token) for token in stored.split()]
@@ -80,3 +78,18 @@ def _answer(
     cut = next((index for index, token in enumerate(tokens) if token in stop), len(tokens))
     seen.answer = tuple(tokens[:cut])
     return output
+
+
+def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in nested mappings and sequences, by its path."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, Mapping | list | tuple):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for part, inner in items:
+            yield from _tensors(inner, f"{name}/{part}")
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    whole = tensor.detach().cpu()
+    return np.asarray((whole.float() if whole.is_floating_point() else whole).numpy())  # numpy has no bfloat16

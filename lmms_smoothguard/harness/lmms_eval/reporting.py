@@ -1,15 +1,18 @@
 """What became of a run's attacks, task by task: into lmms-eval's table, its results file and its log.
 
 A wrapper sees requests and answers only, not where lmms-eval writes. So lmms-eval's `evaluate` is wrapped when our model is
-built, and its results get what the wrapper noted: for every attacked task an entry of `smoothguard_attacks`, and for
-tasks that do not report attacks themselves the same rates among their metrics.
+built, and its results get what the wrapper noted: for every attacked task an entry of `smoothguard_attacks` and the metric
+`attack_left_out`, and for tasks that do not report attacks themselves the same rates among their metrics.
+
+Every `evaluate` starts from an empty ledger, one with a model that is not ours too: its scores are of no earlier attack.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +20,8 @@ from lmms_smoothguard.errors import AttackError, ConfigError, SmoothGuardError, 
 from lmms_smoothguard.evaluation.answers import same_answer, says
 from lmms_smoothguard.evaluation.rates import Rate, rate
 from lmms_smoothguard.evaluation.titles import attack_title
-from lmms_smoothguard.harness.lmms_eval import sharding
+from lmms_smoothguard.harness.lmms_eval import ledger, sharding
+from lmms_smoothguard.harness.lmms_eval.finishing import Finished, Finisher, tasks_of
 
 RESULTS = "smoothguard_attacks"
 _MARK = "__smoothguard_attacks__"
@@ -25,26 +29,36 @@ _MARK = "__smoothguard_attacks__"
 
 @dataclass(frozen=True)
 class Outcome:
-    """One sample of an attacked task. `target`: the text it was to be led to; `left_out`: why it was not attacked."""
+    """One sample of an attacked task, its answers as they are scored. target: the text it was to be led to; left_out: why it
+    was not attacked; clean_said, said: the answers before the task's filters, which may leave a choice's letter alone (None:
+    they are the same)."""
 
     clean_answer: str
     answer: str
     attack: Mapping[str, Any] | None
     target: str | None = None
     left_out: str | None = None
+    clean_said: str | None = None
+    said: str | None = None
+
+    def says_target(self, *, clean: bool = False) -> bool:
+        """Whether the final, or the clean, answer says the target."""
+        text, whole = (self.clean_answer, self.clean_said) if clean else (self.answer, self.said)
+        return says(text if whole is None else whole, self.target or "")
 
 
 Outcomes = dict[tuple[str, Any], Outcome]
 """By task and document, so that a sample answered twice (padding of shards, repeats) counts once."""
 
 
-def outcome_of(info: Mapping[str, Any], answer: str) -> Outcome | None:
+def outcome_of(info: Mapping[str, Any], clean: Finished | None, final: Finished) -> Outcome | None:
     """The outcome of a request whose log says `info`; None where no attack was asked for."""
-    if "attack" not in info and "attack_left_out" not in info:
+    if clean is None or ("attack" not in info and "attack_left_out" not in info):
         return None
     attack = info.get("attack")
     target = attack["target"] if attack is not None else None
-    return Outcome(info["clean_answer"], answer, attack, target, info.get("attack_left_out"))
+    left_out = info.get("attack_left_out")
+    return Outcome(clean.scored, final.scored, attack, target, left_out, clean.said, final.said)
 
 
 @dataclass(frozen=True)
@@ -100,8 +114,8 @@ def summarise(outcomes: Sequence[Outcome]) -> Summary:
         tuple(sorted({attack_title(outcome.attack) for outcome in attacked if outcome.attack is not None})),
         len(attacked),
         rate(not same_answer(o.answer, o.clean_answer) for o in attacked),
-        rate(says(o.answer, o.target or "") for o in aimed) if aimed else None,
-        rate(says(o.clean_answer, o.target or "") for o in aimed) if aimed else None,
+        rate(o.says_target() for o in aimed) if aimed else None,
+        rate(o.says_target(clean=True) for o in aimed) if aimed else None,
         dict(sorted(Counter(o.left_out for o in outcomes if o.left_out is not None).items())),
     )
 
@@ -131,21 +145,36 @@ def install() -> None:
 
     @functools.wraps(evaluate)
     def reported(*args: Any, **kwargs: Any) -> Any:
-        model = kwargs.get("lm", args[0] if args else None)
+        ledger.clear()
+        given = inspect.signature(evaluate).bind_partial(*args, **kwargs).arguments
+        model, task_dict = given.get("lm"), given.get("task_dict", {})
         outcomes: Outcomes | None = getattr(model, "_sg_outcomes", None)
         if model is None or outcomes is None:
-            return evaluate(*args, **kwargs)
+            return _with_reason(evaluate, *args, **kwargs)
         outcomes.clear()
-        if kwargs.get("limit") == 0:
+        if given.get("limit") == 0:
             raise ConfigError("limit is 0, so there is no sample to answer; expected 1 or more, or no limit")
-        if kwargs.get("response_cache") is not None:
-            _refuse_cached_answers(model, kwargs.get("task_dict", {}))
-        results = evaluate(*args, **kwargs)
+        if given.get("response_cache") is not None:
+            _refuse_cached_answers(model, task_dict)
+        model._sg_finisher = Finisher(task_dict, given.get("cli_args"))
+        results = _with_reason(evaluate, *args, **kwargs)
         add(results, _of_all_processes(outcomes))
         return results
 
     setattr(reported, _MARK, True)
     evaluator.evaluate, evaluator.get_task_dict = reported, loaded
+
+
+def _with_reason(evaluate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """lmms-eval tries a scorer that raises five times, and then says RetryError: what we raise, the user shall read."""
+    try:
+        return evaluate(*args, **kwargs)
+    except Exception as error:
+        attempt = getattr(error, "last_attempt", None)
+        reason = attempt.exception() if attempt is not None else None
+        if isinstance(reason, SmoothGuardError):
+            raise reason from error
+        raise
 
 
 def _names(tasks: Any) -> str:
@@ -164,10 +193,9 @@ def add(results: dict[str, Any] | None, outcomes: Outcomes) -> None:
         results.setdefault(RESULTS, {})[task] = summary.to_dict()
         logger.log("WARNING" if summary.left_out else "INFO", "Attack on {}: {}", task, summary)
         figures = results["results"].get(task, {})
+        shown = summary.metrics()
         if any(name.startswith(("asr,", "answer_changed,")) for name in figures):
-            shown = {name: value for name, value in summary.metrics().items() if name.startswith("target_said")}
-        else:
-            shown = summary.metrics()
+            shown = {name: value for name, value in shown.items() if not name.startswith("answer_changed")}
         better = results.setdefault("higher_is_better", {}).setdefault(task, {})
         for name, value in shown.items():
             figures[f"{name},none"] = value
@@ -186,18 +214,10 @@ def _of_all_processes(outcomes: Outcomes) -> Outcomes:
 
 
 def _refuse_cached_answers(model: Any, task_dict: Mapping[Any, Any]) -> None:
-    for task in _tasks(task_dict):
+    for task in tasks_of(task_dict):
         metadata = getattr(getattr(task, "config", None), "metadata", None)
         if model._sg_options.attack_on(metadata if isinstance(metadata, Mapping) else {}) is not None:
             raise AttackError(
                 f"{task.config.task} is attacked, and lmms-eval's response cache (--use_cache) would answer for the model; "
                 "expected a run without it. Adversarial images have a cache of their own, attack_cache."
             )
-
-
-def _tasks(task_dict: Mapping[Any, Any]) -> Iterator[Any]:
-    for task in task_dict.values():
-        if isinstance(task, Mapping):
-            yield from _tasks(task)
-        else:
-            yield task[1] if isinstance(task, tuple) else task

@@ -17,6 +17,7 @@ from lmms_smoothguard.attacks.settings import AttackSettings
 from lmms_smoothguard.attacks.universal import base_picture, corpus_of
 from lmms_smoothguard.attacks.universal_crafter import Lesson, UniversalCrafter
 from lmms_smoothguard.errors import AttackError
+from lmms_smoothguard.harness.lmms_eval.finishing import PADDING
 from lmms_smoothguard.harness.lmms_eval.instances import (
     as_asked,
     document_of,
@@ -37,7 +38,7 @@ NAME = "universal"
 def split(requests: Sequence[Instance], options: Options) -> tuple[list[Instance], Sequence[Instance]]:
     """The requests under a universal attack, and the others; beside some of the former only those that are attacked too."""
     names = [attack and attack.settings.name for attack in (options.attack_on(r.metadata) for r in requests)]
-    together = [request for request, name in zip(requests, names, strict=True) if name == NAME]
+    together = [r for r, name in zip(requests, names, strict=True) if name == NAME and not r.metadata.get(PADDING)]
     if not together:
         return [], requests
     return together, [request for request, name in zip(requests, names, strict=True) if name not in (NAME, None)]

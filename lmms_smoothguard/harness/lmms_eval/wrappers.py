@@ -23,7 +23,8 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts, unwr
 import hf_integration
 from lmms_smoothguard.errors import ConfigError, UndefendableError, explain
 from lmms_smoothguard.harness.lmms_eval import judging, reporting, sharding
-from lmms_smoothguard.harness.lmms_eval.attacking import INFO, attacked_requests
+from lmms_smoothguard.harness.lmms_eval.attacking import CLEAN, INFO, attacked_requests
+from lmms_smoothguard.harness.lmms_eval.finishing import PADDING, Finished, Finisher
 from lmms_smoothguard.harness.lmms_eval.instances import has_media
 from lmms_smoothguard.harness.lmms_eval.options import Options, explain_leftover, take_options
 from lmms_smoothguard.reproducible import reproducible_sums
@@ -45,9 +46,10 @@ class SmoothGuardMixin:
 
     _sg_options: Options
     _sg_outcomes: reporting.Outcomes
+    _sg_finisher: Finisher  # of the run in progress: `reporting` hands it over
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._sg_outcomes = {}
+        self._sg_outcomes, self._sg_finisher = {}, Finisher()
         reproducible_sums()
         reporting.install()
         sharding.guard_evaluator()
@@ -93,15 +95,38 @@ class SmoothGuardMixin:
         from tqdm import tqdm
 
         model, processor, quiet = self._sg_model(), _find_processor(self), self._sg_quiet()
+
+        def plain(request: Instance) -> str:
+            return self._sg_base(request)[0]
+
         with _one_voice(type(self)):
             attacked = attacked_requests(
-                self, requests, self._sg_options, model, processor, lambda request: self._sg_base(request)[0], quiet
+                self, requests, self._sg_options, model, processor, plain, self._sg_finisher, quiet
             )
             asked = [attacked.get(id(request), request) for request in requests]
             bar = tqdm(asked, desc="answering", unit="sample", disable=quiet)
             answers = [self._sg_answer(request) for request in bar]
-        judging.judge_ahead(self, asked, answers)
+        finals = self._sg_finish(asked, answers)
+        judging.judge_ahead(self, finals)
         return answers
+
+    def _sg_finish(
+        self, asked: Sequence[Instance], answers: Sequence[GenerationResult]
+    ) -> list[tuple[Instance, Finished]]:
+        """Every request that is attacked or judged, once, with its answer as it is scored; notes what became of attacks."""
+        texts: dict[int, list[str]] = {}
+        for request, answer in zip(asked, answers, strict=True):
+            wanted = INFO in request.metadata or judging.JUDGED in request.metadata
+            if wanted and not request.metadata.get(PADDING):
+                texts.setdefault(id(request), []).append(answer.text)
+        made = self._sg_finisher.finish(asked, texts)
+        by_id = {id(request): request for request in asked}
+        finals = [(by_id[place], final) for place, final in made.items()]
+        for request, final in finals:
+            outcome = reporting.outcome_of(request.metadata.get(INFO, {}), request.metadata.get(CLEAN), final)
+            if outcome is not None:
+                self._sg_outcomes[request.task_name, request.doc_id] = outcome
+        return finals
 
     def loglikelihood(self, requests: Sequence[Instance]) -> Any:
         """Refused with a defence: a likelihood has no answers to vote on."""
@@ -134,9 +159,6 @@ class SmoothGuardMixin:
                     "this wrapper bypasses it, so its answers would be undefended"
                 )
             info |= _summary(seen)
-        outcome = reporting.outcome_of(info, text)
-        if outcome is not None:
-            self._sg_outcomes[request.task_name, request.doc_id] = outcome
         return GenerationResult(text=text, token_counts=SampleCounts(info, counts))
 
     def _sg_base(self, request: Instance) -> tuple[str, TokenCounts | None, hf_integration.Observation]:
