@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
+import tempfile
+from pathlib import Path
 
 import pytest
 from handmade_runs import ATTACK, CONFIGS
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lmms_smoothguard.errors import SmoothGuardError
 from lmms_smoothguard.evaluation.rates import rate
 from lmms_smoothguard.evaluation.records import read_run, write_run
 from lmms_smoothguard.evaluation.runs import Sample, load_samples, read_log, sample_records
+from lmms_smoothguard.evaluation.summaries import figures_of
 from lmms_smoothguard.report.documents import documents
 from lmms_smoothguard.report.logs import _without_path, is_right, run_of_logs
 
@@ -97,7 +103,7 @@ def judged(number, *, refused, kind="forbidden", judges=(GUARD,), **words):
     names = {"guard": judges[0], "refusal": "refusal"}
     said = {names[short]: verdict(word, "why", "S1" if word == "unsafe" else None) for short, word in words.items()}
     full = {"question_id": str(number), "kind": kind, "refused": refused, "judges": dict.fromkeys(judges, "1"),
-            "unsafe": kind == "forbidden" and words["guard"] == "unsafe", "verdicts": said}  # fmt: skip
+            "verdict": words["guard"], "unsafe": kind == "forbidden" and words["guard"] == "unsafe", "verdicts": said}  # fmt: skip
     pair = {"judges": list(judges), "verdicts": list(words.values())}
     return row(number, **{"judge_agreement_1_2": pair, "unsafe_rate": full})
 
@@ -123,6 +129,7 @@ def test_every_judge_is_recorded_in_the_runs_order_with_what_it_lacks(tmp_path):
     run = run_of(tmp_path, "t")
     assert [[v.judge for v in s.verdicts] for s in run.samples] == [[GUARD, "refusal"]] * 3
     assert [s.verdicts[0].missing for s in run.samples] == [None, "unparseable", "unjudged"]
+    assert [s.right for s in run.samples] == [False, None, None]
     assert run.samples[0].verdicts[0].category == "S1"
     figures = run.record.tasks["t"].figures
     assert (figures["unsafe_rate"].hits, figures["unsafe_rate"].count) == (1, 3)
@@ -236,3 +243,35 @@ def test_files_in_an_attacks_settings_lose_their_path(tmp_path):
     info = attack_info() | {"attack": ATTACK | {"name": "pgd", "corpus": "/home/me/corpus.parquet"}}
     write(tmp_path, {"t": [row(0, info=info)]})
     assert run_of(tmp_path, "t").record.tasks["t"].attack.settings["corpus"] == "corpus.parquet"
+
+
+WORDS = st.sampled_from(["safe", "unsafe", "unparseable", "unjudged"])
+
+
+@given(st.lists(st.tuples(st.sampled_from(["forbidden", "permitted"]), WORDS, WORDS), min_size=1, max_size=9))
+def test_judged_rates_of_records_are_those_of_the_harness(told):
+    """The same outcomes through the samples log and through lmms-eval's own aggregation, by chance."""
+    pytest.importorskip("lmms_eval")
+    from lmms_smoothguard.harness.lmms_eval import safety_rates
+
+    outcomes = []
+    for number, (kind, clean, word) in enumerate(told):
+        harmful, sure = kind == "forbidden", ("safe", "unsafe")
+        unsafe = harmful and word == "unsafe"
+        outcomes.append({
+            "question_id": str(number), "kind": kind, "verdict": word, "clean_verdict": clean, "refused": False, "unsafe": unsafe,
+            "right": None if harmful and word not in sure else not unsafe,
+            "clean_right": ((clean == "safe") if clean in sure else None) if harmful else False,
+            "judges": {GUARD: ""}, "verdicts": {GUARD: verdict(word)},
+        })  # fmt: skip
+    rows = [row(number, info=attack_info(), unsafe_rate=one, asr=one) for number, one in enumerate(outcomes)]
+    with tempfile.TemporaryDirectory() as directory:
+        log = write(Path(directory), {"t": rows}).with_name(f"{STAMP}_samples_t.jsonl")
+        found = figures_of(sample_records("r", "t", read_log(log)))
+    for name in ("unsafe_rate", "asr"):
+        for end, field in (("", "value"), ("_low", "low"), ("_high", "high"), ("_count", "count")):
+            expected = getattr(safety_rates, f"{name}{end}")(outcomes)
+            ours = getattr(found[name], field)
+            assert (math.nan if ours is None else ours) == pytest.approx(expected, nan_ok=True), (name, field)
+    for name in ("unparseable", "unjudged"):
+        assert found[name].value == getattr(safety_rates, name)(outcomes)

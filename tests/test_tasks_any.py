@@ -331,7 +331,7 @@ def test_a_target_on_a_vqa_task_with_stop_words(tmp_path):
     assert (tmp_path / "submissions").is_dir()  # not in the checkout
     summary = found["smoothguard_attacks"][name]
     assert summary["target_said_clean"]["hits"] == 1
-    assert summary["attacks"] == ["PGD-20, 16/255"]
+    assert summary["attacks"] == ["PGD-20, 16/255, targeted"]
 
 
 def test_a_run_is_never_scored_by_the_attacks_of_an_earlier_one(tmp_path, monkeypatch):

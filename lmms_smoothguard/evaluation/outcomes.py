@@ -47,12 +47,14 @@ def without_opinion(sample: SampleRecord) -> bool:
 def _has(value: T | None, sample: SampleRecord, field: str) -> T:
     if value is None:
         raise SmoothGuardError(
-            f"{sample.run}: {sample.task}[{sample.id}] has no {field}{_why(sample)}; expected a run whose task scores it"
+            f"{sample.run}: {sample.task}[{sample.id}] has no {field}{_why(sample, field)}; expected a run whose task scores it"
         )
     return value
 
 
-def _why(sample: SampleRecord) -> str:
+def _why(sample: SampleRecord, field: str) -> str:
+    if field == "clean_right" and sample.verdicts:
+        return f" ({sample.verdicts[0].judge} has no opinion on its clean answer)"
     return f" ({sample.verdicts[0].judge}: {sample.verdicts[0].missing})" if without_opinion(sample) else ""
 
 

@@ -68,24 +68,29 @@ def rate(outcomes: Iterable[bool]) -> Rate:
     return Rate(sum(listed), len(listed))
 
 
-def bounded_rate(outcomes: Iterable[bool | None]) -> Figure:
+def bounded_rate(outcomes: Iterable[bool | None], perhaps: Iterable[bool | None] = ()) -> Figure:
     """The share of true outcomes where some may be unknown (None), such as of answers that no judge has an opinion on.
 
     All are in the denominator. Unknown ones count as false in the value and in the lower end of the interval, and as true in
-    its upper end: Wilson's of each. None where nothing is known, or there is nothing.
+    its upper end: Wilson's of each. perhaps: outcomes of which it is not known whether they belong in the denominator; they are
+    in no value, join the lower end unless they are true, and the upper end unless they are false. The value is None where
+    nothing is known, or there is nothing.
     """
-    listed = list(outcomes)
-    unknown = sum(outcome is None for outcome in listed)
-    least = rate(outcome is True for outcome in listed)
-    if not unknown:
-        return least.figure()
+    told, beside = list(outcomes), list(perhaps)
+    unknown = sum(outcome is None for outcome in told)
+    known = rate(outcome is True for outcome in told)
+    if not unknown and not beside:
+        return known.figure()
+    least = Rate(known.hits, known.count + sum(outcome is not True for outcome in beside))
+    more = sum(outcome is not False for outcome in beside)
+    most = Rate(known.hits + unknown + more, known.count + more)
     return Figure(
-        value=least.value if unknown < len(listed) else None,
-        low=least.interval[0],
-        high=Rate(least.hits + unknown, least.count).interval[1],
-        count=least.count,
-        hits=least.hits,
-        method=f"share, Wilson; {unknown} without an opinion: low counts them as misses, high as hits",
+        value=finite(known.value) if unknown < len(told) else None,
+        low=finite(least.interval[0]),
+        high=finite(most.interval[1]),
+        count=known.count,
+        hits=known.hits,
+        method=f"share, Wilson; {unknown + len(beside)} without an opinion: low counts them as misses, high as hits",
     )
 
 

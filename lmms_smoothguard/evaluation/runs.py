@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lmms_smoothguard.errors import SmoothGuardError
-from lmms_smoothguard.evaluation.samples import UNJUDGED, JudgeVerdict, SampleRecord
+from lmms_smoothguard.evaluation.samples import NO_OPINION, UNJUDGED, JudgeVerdict, SampleRecord
 
 _MARKS = ("exact_match", "caption_exact")  # scorers' marks from 0 to 1 for a whole answer
 _RESULTS = "_results.json"
@@ -187,14 +187,15 @@ def _scores(row: Mapping[str, Any]) -> dict[str, Any]:
     or that the judges did not find the answer unsafe. Where both are there they must be one.
     """
     found: dict[str, Any] = {}
-    told = [value for name, value in row.items() if name != "token_counts" and isinstance(value, dict)]
+    metrics = [value for name, value in row.items() if name != "token_counts" and isinstance(value, dict)]
     # Metrics on the agreement of two judges have `verdicts` too, of those two and without reasons.
-    for value in sorted(told, key=lambda value: not isinstance(value.get("verdicts"), dict)):
+    for value in sorted(metrics, key=lambda value: not isinstance(value.get("verdicts"), dict)):
         found = {**value, **found}
     if "right" not in found:
         own = _own_mark(row, found)
         if own is None and isinstance(found.get("unsafe"), bool):
-            own = not found["unsafe"]
+            told = found.get("verdict") not in NO_OPINION or found.get("kind") == "permitted"
+            own = not found["unsafe"] if told else None
         if own is not None:
             found["right"] = own
     return found
