@@ -1,7 +1,7 @@
-"""Writes the README's tables from the committed result files.
+"""Writes the tables of the README and of docs/measured.md from the committed result files.
 
 python benchmarks/readme_tables.py          # rewrite
-python benchmarks/readme_tables.py --check  # exit 1 if the README says anything else
+python benchmarks/readme_tables.py --check  # exit 1 if a page says anything else
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from lmms_smoothguard.evaluation.records import Record, read_record
-from lmms_smoothguard.report.demo import DEMO, REST
+from lmms_smoothguard.report.demo import DEMO, EXPERIMENTS
 from lmms_smoothguard.report.documents import base_task
 from lmms_smoothguard.report.experiments import CLEAN
-from lmms_smoothguard.report.tables import markdown_table
+from lmms_smoothguard.report.tables import attacks_table, markdown_table
 from peers.table import markdown as parity
 from timing.table import markdown as costs
 from timing.table import parts_markdown
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md")
 GROUPS = {
     "demo": [experiment.name for experiment in DEMO],
     "standard": ["published", "one_noisy_copy", "n20", "n20_noisy_only", "plain_eps2", "smoothguard_eps2", "plain_eps8", "smoothguard_eps8"],
@@ -30,6 +31,18 @@ GROUPS = {
     "levels": ["smoothguard", "token", "early_exact", "early_rate", "caption_smoothguard", "caption_token", "caption_early_exact", "faint_smoothguard", "faint_token"],
     "utility": ["faint_plain", "faint_smoothguard", "caption_plain", "caption_smoothguard"],
 }  # fmt: skip
+ATTACKS = [
+    ("plain", "smoothguard", "smoothguard_eot40"),
+    ("plain_restarts", "smoothguard_restarts", None),
+    *(
+        (f"plain_{name}", f"smoothguard_{name}", f"smoothguard_{name}_eot")
+        for name in ("apgd", "l2", "patch", "feature")
+    ),
+    ("plain_square", "smoothguard_square", None),
+    ("plain_square_answers", "smoothguard_square_answers", None),
+    *((f"plain_{name}", f"smoothguard_{name}", f"smoothguard_{name}_eot") for name in ("universal", "universal_free")),
+]
+"""Names of the records: undefended, defended, and crafted through the defence."""
 
 
 def stored(name: str) -> dict[str, Any]:
@@ -44,16 +57,21 @@ def record(name: str) -> Record:
 
 
 def filled(text: str) -> str:
-    """The README with every `<!-- table NAME -->` block made anew."""
+    """A page with every `<!-- table NAME -->` block made anew."""
     for group, names in GROUPS.items():
         text = _with_block(text, group, markdown_table([record(name) for name in names]))
-    text = _with_block(text, "clusters", _clusters([record(e.name) for e in (*DEMO, *REST)]))
+    text = _with_block(text, "attacks", _attacks())
+    text = _with_block(text, "clusters", _clusters([record(e.name) for e in EXPERIMENTS]))
     text = _with_block(text, "precision", _precision(stored("precision")["flips"]))
     if (RESULTS / "parity.json").exists():
         text = _with_block(text, "parity", parity(stored("parity")))
     measured = [name for name in ("bench", "bench_cuda") if (RESULTS / f"{name}.json").exists()]
     text = _with_block(text, "bench", costs(*map(stored, measured)))
     return _with_block(text, "parts", parts_markdown(*map(stored, measured)))
+
+
+def _attacks() -> str:
+    return attacks_table([tuple(None if name is None else record(name) for name in names) for names in ATTACKS])
 
 
 def _clusters(results: list[Record]) -> str:
@@ -87,12 +105,11 @@ def _with_block(text: str, group: str, table: str) -> str:
 
 def main() -> int:
     """Rewrites or checks."""
-    readme = ROOT / "README.md"
-    old = readme.read_text()
-    new = filled(old)
+    new = {page: filled(page.read_text()) for page in PAGES}
     if "--check" in sys.argv:
-        return int(old != new)
-    readme.write_text(new)
+        return int(any(page.read_text() != text for page, text in new.items()))
+    for page, text in new.items():
+        page.write_text(text)
     return 0
 
 

@@ -12,6 +12,7 @@ from lmms_smoothguard.evaluation.records import Run, read_record, write_run
 from lmms_smoothguard.evaluation.runs import load_samples
 from lmms_smoothguard.report.experiments import ATTACKED, Experiment, run, summarize
 from lmms_smoothguard.report.page import write_page
+from lmms_smoothguard.report.stronger import STRONGER
 from lmms_smoothguard.report.tables import print_table
 from lmms_smoothguard.tiny.model import MODEL_DIR
 
@@ -50,6 +51,10 @@ REST = (
 )  # fmt: skip
 
 
+EXPERIMENTS = (*DEMO, *REST, *STRONGER)
+"""Everything that has a result file of its own, in the order in which they are run."""
+
+
 def run_demo(out: Path, limit: int) -> Path:
     """Runs the demo's two experiments and prints the table; each run's record and samples go to `out`, the page to the path
     returned."""
@@ -74,7 +79,7 @@ def run_report(directory: Path) -> Path:
             f"`smoothguard demo --out {directory}` has filled"
         )
     records = []
-    for experiment in (*DEMO, *REST):
+    for experiment in EXPERIMENTS:
         if any((directory / experiment.name).rglob("*_samples_*.jsonl")):
             count = len(load_samples(directory / experiment.name, experiment.tasks[-1]))
             # The machine that ran it need not be this one.
@@ -89,16 +94,16 @@ def run_report(directory: Path) -> Path:
 def run_results(out: Path, results: Path, only: Sequence[str] = ()) -> None:
     """Runs every experiment that has no result file yet and writes its record and samples to `results`."""
     results.mkdir(parents=True, exist_ok=True)
-    known = {experiment.name for experiment in (*DEMO, *REST)}
+    known = {experiment.name for experiment in EXPERIMENTS}
     unknown = set(only) - known
     if unknown:
         raise SmoothGuardError(f"unknown experiment {sorted(unknown)[0]!r}; known: {', '.join(sorted(known))}")
-    for experiment in (*DEMO, *REST):
+    for experiment in EXPERIMENTS:
         target = results / f"{experiment.name}.json"
         if target.exists() and experiment.name not in only:
             continue
         write_run(results, *_run(experiment, out))
-    print_table([read_record(results / f"{e.name}.json") for e in (*DEMO, *REST)])
+    print_table([read_record(results / f"{e.name}.json") for e in EXPERIMENTS])
 
 
 def _run(experiment: Experiment, out: Path) -> Run:

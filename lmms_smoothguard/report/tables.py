@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from lmms_smoothguard.evaluation.figures import Figure
-from lmms_smoothguard.evaluation.records import Record
+from lmms_smoothguard.evaluation.records import Record, TaskRecord
 from lmms_smoothguard.evaluation.titles import attack_title
 from lmms_smoothguard.report.documents import base_task, is_embedded
 from lmms_smoothguard.report.experiments import CLEAN
@@ -119,3 +119,27 @@ def markdown_table(records: Sequence[Record]) -> str:
     """The same table in Markdown, without the times: runs minutes apart are no measurement of cost."""
     lines = [HEADINGS, ("---",) * len(HEADINGS), *table_rows(records)]
     return "\n".join("| " + " | ".join(cells[:-2]) + " |" for cells in lines)
+
+
+def attacks_table(rows: Sequence[tuple[Record, Record | None, Record | None]]) -> str:
+    """Every attack's ASR in Markdown: undefended, against the defence, and crafted through the defence."""
+    heads = ("attack", "ASR, undefended", "ASR, SmoothGuard", "ASR, SmoothGuard, adaptive attack")
+    lines: list[tuple[str, ...]] = [heads, ("---",) * len(heads)]
+    for row in rows:
+        attacked = [None if record is None else _attacked(record) for record in row]
+        first = attacked[0]
+        assert first is not None and first.attack is not None
+        lines.append((attack_title(first.attack.settings) + _task_note(row[0]), *map(_asr, attacked)))
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _attacked(record: Record) -> TaskRecord:
+    return next(task for task in record.tasks.values() if task.attack is not None)
+
+
+def _asr(task: TaskRecord | None) -> str:
+    """With its count, and the steps of an attack that needs its own to go through the defence."""
+    if task is None or task.attack is None:
+        return "-"
+    steps = f", {task.attack.settings['steps']} steps" if task.attack.adaptive else ""
+    return f"{_percent(task.figures, 'asr')}, n = {task.figures['asr'].count}{steps}"
