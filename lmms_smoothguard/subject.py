@@ -1,6 +1,6 @@
 """A model under test without a harness: loaded for real, asked through its own processor, answering greedily.
 
-subject = Subject("llava-hf/llava-1.5-7b-hf", device="cuda", dtype="bfloat16")
+subject = Subject("llava-hf/llava-1.5-7b-hf", dtype="bfloat16")
 inputs = subject.inputs(question)
 reply = subject.answer(inputs, max_new_tokens=32, defense=choose({"sigma": 0.2}))
 """
