@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from lmms_smoothguard.errors import ConfigError
 from lmms_smoothguard.evaluation.questions import load_questions
@@ -146,7 +146,9 @@ def test_pictures_are_upright_and_have_three_channels(tmp_path, images):
     assert [question.images[0].mode for question in found] == ["RGB", "RGB"]
 
 
-def test_all_broken_pictures_are_named_before_anything_is_asked(tmp_path, table):
+@pytest.mark.parametrize("filled_up", [False, True])
+def test_all_broken_pictures_are_named_before_anything_is_asked(tmp_path, table, monkeypatch, filled_up):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", filled_up)  # lmms-eval's import does
     (tmp_path / "broken.png").write_bytes((tmp_path / "0.png").read_bytes()[:200])
     Image.new("I;16", (8, 8)).save(tmp_path / "deep.png")
     files = ["0.png", "broken.png", "gone.png", "deep.png", "https://x.y/z.png", None] + ["gone.png"] * 8

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,5 +131,18 @@ def picture_of(value: Any, base: Path | None) -> Image.Image:
         image = Image.open(Path(value) if base is None else base / value)
     else:
         raise ValueError("no picture" if not value else f"{value!r:.60} is no picture")
-    image.load()
+    with _whole_alone():
+        image.load()
     return image
+
+
+@contextlib.contextmanager
+def _whole_alone() -> Iterator[None]:
+    """Torn pictures are errors, whatever was imported: lmms-eval has PIL fill up what is missing, for the whole process."""
+    from PIL import ImageFile
+
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
