@@ -71,7 +71,10 @@ def filled(text: str) -> str:
 
 
 def _attacks() -> str:
-    return attacks_table([tuple(None if name is None else record(name) for name in names) for names in ATTACKS])
+    measured = [
+        names for names in ATTACKS if all(name is None or (RESULTS / f"{name}.json").exists() for name in names)
+    ]
+    return attacks_table([tuple(None if name is None else record(name) for name in names) for names in measured])
 
 
 def _clusters(results: list[Record]) -> str:
