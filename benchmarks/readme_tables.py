@@ -51,6 +51,10 @@ def stored(name: str) -> dict[str, Any]:
     return found
 
 
+def _exists(name: str) -> bool:
+    return (RESULTS / f"{name}.json").exists()
+
+
 def record(name: str) -> Record:
     """A committed run's record."""
     return read_record(RESULTS / f"{name}.json")
@@ -61,11 +65,11 @@ def filled(text: str) -> str:
     for group, names in GROUPS.items():
         text = _with_block(text, group, markdown_table([record(name) for name in names]))
     text = _with_block(text, "attacks", _attacks())
-    text = _with_block(text, "clusters", _clusters([record(e.name) for e in EXPERIMENTS]))
+    text = _with_block(text, "clusters", _clusters([record(e.name) for e in EXPERIMENTS if _exists(e.name)]))
     text = _with_block(text, "precision", _precision(stored("precision")["flips"]))
-    if (RESULTS / "parity.json").exists():
+    if _exists("parity"):
         text = _with_block(text, "parity", parity(stored("parity")))
-    measured = [name for name in ("bench", "bench_cuda") if (RESULTS / f"{name}.json").exists()]
+    measured = [name for name in ("bench", "bench_cuda") if _exists(name)]
     text = _with_block(text, "bench", costs(*map(stored, measured)))
     return _with_block(text, "parts", parts_markdown(*map(stored, measured)))
 
