@@ -24,10 +24,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import typer
-from lmms_smoothguard.evaluation.metrics import attack_success_rate
 from rich.progress import track
 
-from lmms_smoothguard.report.experiments import environment
+from lmms_smoothguard.evaluation.machine import environment
+from lmms_smoothguard.evaluation.rates import attack_success_rate
 from peers.attackers import BUDGETS, CASES, OURS, Case, run_of
 from peers.differences import paired_difference
 from peers.questions import Question, QuestionClassifier, Subject, pictures_of
@@ -81,7 +81,7 @@ def _compared(subject: Subject, case: Case, asked: Sequence[Question]) -> list[d
             "attack": case.attack,
             "loss": case.loss,
             "side": side,
-            "asr": attack_success_rate(clean, answers).to_dict(),
+            "asr": attack_success_rate(clean, answers).figure().to_dict(),
             "_case": case,
         }
         if side != OURS:
