@@ -1,9 +1,11 @@
-"""Files that are whole or not there, whenever a process is killed."""
+"""Files that are whole or not there: what is written when a process is killed, and pictures that are read."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -17,3 +19,15 @@ def replace_file(path: Path, data: bytes) -> None:
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def whole_pictures() -> Iterator[None]:
+    """Torn pictures are errors, whatever was imported: lmms-eval has PIL fill up what is missing, for the whole process."""
+    from PIL import ImageFile
+
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before

@@ -309,7 +309,7 @@ def test_an_image_is_a_function_of_its_job_alone(trained, strangers, tmp_path, e
 
 def test_eot_draws_differ_between_samples_and_steps(trained, strangers, tmp_path, monkeypatch):
     """Two rows of a batch, two slots, two steps: every draw is another one, and none is the defence's own."""
-    from lmms_smoothguard.attacks import craft as module
+    from lmms_smoothguard import noise as module
 
     model, processor = trained
     drawn = []
@@ -331,6 +331,7 @@ def test_eot_draws_differ_between_samples_and_steps(trained, strangers, tmp_path
     assert all(job.inputs["input_ids"].shape == text["input_ids"].shape for job in jobs)
     defense = choose(SmoothGuardConfig(sigma=0.2))
     Crafter(model, processor.image_processor, AttackCache(tmp_path), defense, quiet=True).craft(jobs)
+    monkeypatch.setattr(module, "add_noise", add_noise)
     assert len(drawn) == 2 * 2 * 2 * 2
     assert len({noise.numpy().tobytes() for noise in drawn}) == len(drawn)
     images = find_images(text, model.config)

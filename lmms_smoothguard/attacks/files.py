@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from lmms_smoothguard.errors import AttackError
+from lmms_smoothguard.files import whole_pictures
 
 
 def find_file(path: str, option: str) -> Path:
@@ -28,7 +29,7 @@ def find_file(path: str, option: str) -> Path:
 def load_picture(file: Path, option: str) -> np.ndarray:
     """(height, width, 3) uint8. Raises AttackError for what is no picture."""
     try:
-        with Image.open(file) as image:
+        with whole_pictures(), Image.open(file) as image:
             return np.asarray(image.convert("RGB"))
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
         raise AttackError(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from lmms_smoothguard.errors import ConfigError, did_you_mean
+from lmms_smoothguard.files import whole_pictures
 
 NAMES: Mapping[str, tuple[str, ...]] = {
     "id": ("question_id", "id", "qid", "sample_id", "uid"),
@@ -131,18 +131,6 @@ def picture_of(value: Any, base: Path | None) -> Image.Image:
         image = Image.open(Path(value) if base is None else base / value)
     else:
         raise ValueError("no picture" if not value else f"{value!r:.60} is no picture")
-    with _whole_alone():
+    with whole_pictures():
         image.load()
     return image
-
-
-@contextlib.contextmanager
-def _whole_alone() -> Iterator[None]:
-    """Torn pictures are errors, whatever was imported: lmms-eval has PIL fill up what is missing, for the whole process."""
-    from PIL import ImageFile
-
-    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before

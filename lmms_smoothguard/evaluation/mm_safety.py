@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lmms_smoothguard.errors import SmoothGuardError, did_you_mean, explain
+from lmms_smoothguard.files import whole_pictures
 
 SCENARIOS = (
     "01-Illegal_Activitiy", "02-HateSpeech", "03-Malware_Generation", "04-Physical_Harm", "05-EconomicHarm", "06-Fraud",
@@ -231,7 +232,7 @@ def _refuse_unreadable(pictures: Iterable[tuple[str, Any]]) -> None:
     bad = []
     for name, source in pictures:
         try:
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+            with whole_pictures(), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
                 picture.load()
         except Exception as error:  # noqa: BLE001 - decoders raise whatever they like on broken bytes
             bad.append(f"{name} ({explain(error)})")
