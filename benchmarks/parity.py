@@ -26,10 +26,10 @@ import torch
 import typer
 from rich.progress import track
 
+from lmms_smoothguard.evaluation.differences import paired_difference
 from lmms_smoothguard.evaluation.machine import environment
 from lmms_smoothguard.evaluation.rates import attack_success_rate
 from peers.attackers import BUDGETS, CASES, OURS, Case, run_of
-from peers.differences import paired_difference
 from peers.questions import Question, QuestionClassifier, Subject, pictures_of
 from peers.table import print_table
 from timing.paired import ratio, run_paired
@@ -72,6 +72,7 @@ def main(
 def _compared(subject: Subject, case: Case, asked: Sequence[Question]) -> list[dict[str, Any]]:
     """ASR of every side that has this attack, and ours minus theirs over the same questions."""
     clean = [question.clean_right for question in asked]
+    scenes = {question.name: question.scene for question in asked}
     right = {side: _still_right(subject, case, side, asked) for side in case.sides}
     rows = []
     for side, answers in right.items():
@@ -85,12 +86,15 @@ def _compared(subject: Subject, case: Case, asked: Sequence[Question]) -> list[d
             "_case": case,
         }
         if side != OURS:
-            pairs = [
-                (not ours, not theirs) for was, ours, theirs in zip(clean, right[OURS], answers, strict=True) if was
-            ]
-            row["ours_minus_theirs"] = paired_difference(pairs).to_dict()
+            ours, theirs = (_fooled(asked, found) for found in (right[OURS], answers))
+            row["ours_minus_theirs"] = paired_difference(ours, theirs, scenes).to_dict()
         rows.append(row)
     return rows
+
+
+def _fooled(asked: Sequence[Question], right: Sequence[bool]) -> dict[str, bool]:
+    """By question, of those answered rightly when clean."""
+    return {q.name: not now for q, now in zip(asked, right, strict=True) if q.clean_right}
 
 
 def _still_right(subject: Subject, case: Case, side: str, asked: Sequence[Question]) -> list[bool]:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from lmms_smoothguard.attacks.objective import AnswerLoss, Threat
 from lmms_smoothguard.attacks.rendering import Renderer
 from peers.attackers import ART, BUDGETS, CASES, OURS, TORCHATTACKS, Case, run_of
-from peers.differences import paired_difference
 from peers.questions import QuestionClassifier, Subject, pictures_of
 from peers.table import lines, markdown
 
@@ -101,30 +99,6 @@ def test_the_libraries_really_run(subject, asked, side, library, norm):
         size = change.abs().amax(1) if norm == "linf" else change.norm(dim=1)
         assert size.max() <= BUDGETS[norm] + 1e-5
         assert size.max() > 0 or (side, attack) == (TORCHATTACKS, "apgd")  # which gives back clean what it did not fool
-
-
-def test_a_paired_difference_and_its_interval():
-    pairs = [(True, False)] * 12 + [(False, True)] * 4 + [(True, True)] * 50 + [(False, False)] * 34
-    found = paired_difference(pairs)
-    assert (found.value, found.only_first, found.only_second, found.count) == (0.08, 12, 4, 100)
-    # Agresti & Min's interval by hand: (12.5 - 4.5) / 102 +- 1.96 sqrt(17 - 8^2 / 102) / 102
-    half = 1.959964 * (17 - 64 / 102) ** 0.5 / 102
-    assert (found.low, found.high) == pytest.approx((8 / 102 - half, 8 / 102 + half), abs=1e-6)
-    alike = paired_difference([(True, True)] * 100)
-    assert alike.value == 0 and alike.low < 0 < alike.high
-    with pytest.raises(ValueError, match="no pairs"):
-        paired_difference([])
-
-
-def test_the_interval_of_a_difference_covers_the_truth():
-    rng = np.random.default_rng(0)
-    covered = 0
-    for _ in range(300):
-        first = rng.random(200) < 0.7
-        second = np.where(rng.random(200) < 0.1, ~first, first)  # the truth: .7 - (.7 * .9 + .3 * .1) = .04
-        found = paired_difference(list(zip(first.tolist(), second.tolist(), strict=True)))
-        covered += found.low <= 0.04 <= found.high
-    assert 0.91 <= covered / 300 <= 0.99
 
 
 def test_the_table_shows_what_was_measured_and_a_dash_for_the_rest():

@@ -20,8 +20,11 @@ _BITS = 16
 
 @dataclass(frozen=True)
 class Question:
-    """inputs: the processor's for the clean picture; label: the one token that the model answers when clean."""
+    """scene: where the picture comes from, several questions have one; inputs: the processor's for the clean picture; label:
+    the one token that the model answers when clean."""
 
+    name: str
+    scene: str
     image: Image.Image
     inputs: Mapping[str, torch.Tensor]
     right: str
@@ -60,7 +63,17 @@ class Subject:
                     f"question {row['question_id']} is answered {text!r}, {len(said)} tokens; a classifier has one"
                 )
             right = normalize_answer(row["answer"])
-            found.append(Question(image, inputs, right, said[0], normalize_answer(text) == right))
+            found.append(
+                Question(
+                    row["question_id"],
+                    row["image_source"],
+                    image,
+                    inputs,
+                    right,
+                    said[0],
+                    normalize_answer(text) == right,
+                )
+            )
         return found
 
     def still_right(self, question: Question, picture: torch.Tensor) -> bool:
