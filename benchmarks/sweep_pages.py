@@ -41,8 +41,8 @@ def page(found: dict[str, SweepRecord]) -> str:
         "## What clustering adds: sentences\n\n" + votes_table(found["sweep_captions"], found["sweep_captions_eot"])
         + "\n\n![Answers of ten copies, clean and attacked, in embedding space](answers.svg)",
         "## Where it breaks\n\n" + budgets_table(found["sweep_eps"], found["sweep_eps_eot"]),
-        "## The majority already poisoned\n\nQuestions by how many of their noisy copies are wrong:\n\n"
-        + "\n\n".join(poisoned_table(found[name]) for name in ("sweep_eps", "sweep_eps_eot", "sweep_captions", "sweep_captions_eot")),
+        "## The majority already poisoned\n\nHow often the vote is wrong, by how many of the nine noisy copies are:\n\n"
+        + poisoned_table([found[name] for name in ("sweep_eps", "sweep_eps_eot", "sweep_captions", "sweep_captions_eot")]),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ from lmms_smoothguard.evaluation.rates import Rate
 from lmms_smoothguard.evaluation.samples import SampleRecord
 from lmms_smoothguard.subject import Subject
 from lmms_smoothguard.sweeps import grid as grids
+from lmms_smoothguard.sweeps import tables
 from lmms_smoothguard.sweeps.answers import AnswerCache, Answerer, Noise
 from lmms_smoothguard.sweeps.collect import Collector, is_right
 from lmms_smoothguard.sweeps.figures import by_poisoned_copies, differences, rates
@@ -34,6 +36,7 @@ from lmms_smoothguard.sweeps.presets import PRESETS, README, parts_of, run_prese
 from lmms_smoothguard.sweeps.records import read_sweep, read_sweep_samples, write_sweep
 from lmms_smoothguard.sweeps.replay import Replay
 from lmms_smoothguard.sweeps.session import sweep
+from lmms_smoothguard.sweeps.tables import poisoned_table
 
 datasets = pytest.importorskip("datasets")
 ROOT = Path(__file__).parent.parent
@@ -273,6 +276,28 @@ def test_asr_by_poisoned_copies_counts_noisy_copies_of_questions_that_were_right
     assert {name: (f.hits, f.count) for name, f in found.items()} == {"wrong[0]": (0, 1), "wrong[1]": (1, 2)}
     assert rates({0: listed})["poisoned"].value == pytest.approx((0 + 0.5 + 0.5 + 1) / 4)
     assert (rates({0: listed})["asr"].hits, rates({0: listed})["asr"].count) == (1, 3)
+
+
+def test_the_table_of_poisoned_copies_pools_without_loss(swept):
+    record, _ = swept
+    table = poisoned_table([record])
+    lines = [line.split(" | ") for line in table.splitlines()[2:]]
+    attacked = {task for task, stored in record.tasks.items() if stored.attack is not None}
+    guarded = [point for point in record.points if point.main and point.defense is not None]
+    assert len(lines) == len(guarded) * len(attacked) > 0
+    for point in guarded:
+        for task in attacked:
+            (line,) = (cells for cells in lines if cells[0] == f"| {point.name}" and cells[1] == task)
+            told = sum(int(cell.split("n = ")[1].rstrip(" |")) for cell in line[2:] if "n = " in cell)
+            assert told == point.figures[task]["asr"].count
+
+
+@pytest.mark.parametrize("copies", [1, 2, 3, 4, 5, 9, 10, 31])
+def test_bins_of_poisoned_copies_have_every_number_once_and_part_at_the_majority(copies):
+    spans = tables._quarters(copies)
+    assert [k for span in spans for k in span] == list(range(copies + 1))
+    assert spans[0] == range(1)
+    assert copies < 2 or any(span[-1] < copies / 2 <= after[0] for span, after in itertools.pairwise(spans))
 
 
 def test_differences_pair_questions():

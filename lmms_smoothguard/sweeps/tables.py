@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lmms_smoothguard.evaluation.figures import Figure
+from lmms_smoothguard.evaluation.rates import Rate
 from lmms_smoothguard.sweeps.grid import CLEAN
 from lmms_smoothguard.sweeps.records import PointRecord, SweepRecord
 
@@ -98,18 +100,44 @@ def budgets_table(standard: SweepRecord, adaptive: SweepRecord | None) -> str:
     return markdown(["attack", "ASR undefended", "ASR defended", "ASR defended, adaptive (EOT)"], rows)
 
 
-def poisoned_table(record: SweepRecord, tasks: Sequence[str] | None = None) -> str:
-    """By how many noisy copies are wrong: the samples, and how many of them the vote gets wrong."""
-    points = [p for p in record.points if p.main and p.defense is not None]
-    rows = []
-    for point in points:
-        for task in tasks or [task for task, stored in record.tasks.items() if stored.attack is not None]:
-            told = {name: figure for name, figure in point.figures.get(task, {}).items() if name.startswith("wrong[")}
-            for name, figure in told.items():
-                rows.append([point.name, task, name[6:-1], str(figure.count), rate(figure)])
-    return markdown(
-        ["defence", "attack", "noisy copies that are wrong", "questions", "of these the vote is wrong"], rows
-    )
+def poisoned_table(records: Sequence[SweepRecord]) -> str:
+    """How often the vote is wrong, by how many noisy copies are: a line for each defence and attack, with all their samples.
+
+    Raises ValueError where defences have different numbers of noisy copies, as their columns would.
+    """
+    lines, sizes = [], set()
+    for record in records:
+        for point in (p for p in record.points if p.main and p.defense is not None):
+            sizes.add(_noisy(point))
+            for task in (task for task, stored in record.tasks.items() if stored.attack is not None):
+                lines.append((point, task))
+    if len(sizes) != 1:
+        raise ValueError(f"defences with {sorted(sizes)} noisy copies; expected one number for one table")
+    bins = _quarters(*sizes)
+    rows = [[point.name, task, *(rate(_pooled(point, task, within)) for within in bins)] for point, task in lines]
+    return markdown(["defence", "attack", *(f"{_span(within)} wrong" for within in bins)], rows)
+
+
+def _noisy(point: PointRecord) -> int:
+    defense = point.defense or {}
+    return int(defense["num_samples"]) - bool(defense["include_clean"])
+
+
+def _quarters(copies: int) -> list[range]:
+    """No copy, then the four quarters of 1..copies; the middle lies between two of them."""
+    edges = [0, copies // 4, (copies - 1) // 2, 3 * copies // 4, copies]
+    spans = [range(low + 1, high + 1) for low, high in itertools.pairwise(edges)]
+    return [range(1), *(span for span in spans if span)]
+
+
+def _span(within: range) -> str:
+    return str(within[0]) if len(within) == 1 else f"{within[0]}-{within[-1]}"
+
+
+def _pooled(point: PointRecord, task: str, within: range) -> Figure | None:
+    """Samples taken as independent, as those of one scene nearly are (`docs/measured.md`)."""
+    found = [figure for k in within if (figure := point.figures.get(task, {}).get(f"wrong[{k}]")) is not None]
+    return Rate(sum(f.hits or 0 for f in found), sum(f.count for f in found)).figure() if found else None
 
 
 def rate(figure: Figure | None) -> str:
