@@ -17,6 +17,8 @@ from lmms_smoothguard.report.demo import DEMO, EXPERIMENTS
 from lmms_smoothguard.report.documents import base_task
 from lmms_smoothguard.report.experiments import CLEAN
 from lmms_smoothguard.report.tables import attacks_table, markdown_table
+from lmms_smoothguard.sweeps.records import PointRecord, read_sweep
+from lmms_smoothguard.sweeps.tables import votes_table
 from peers.table import markdown as parity
 from timing.table import markdown as costs
 from timing.table import parts_markdown
@@ -44,6 +46,8 @@ ATTACKS = [
 ]
 """Names of the records: undefended, defended, and crafted through the defence."""
 
+SWEPT = {"votes": "Yes / no questions", "captions": "Sentences"}
+
 
 def stored(name: str) -> dict[str, Any]:
     """A committed measurement of costs or precision."""
@@ -65,6 +69,8 @@ def filled(text: str) -> str:
     for group, names in GROUPS.items():
         text = _with_block(text, group, markdown_table([record(name) for name in names]))
     text = _with_block(text, "attacks", _attacks())
+    if all(_exists(f"sweep_{name}{form}") for name in SWEPT for form in ("", "_eot")):
+        text = _with_block(text, "votes", _votes())
     text = _with_block(text, "clusters", _clusters([record(e.name) for e in EXPERIMENTS if _exists(e.name)]))
     text = _with_block(text, "precision", _precision(stored("precision")["flips"]))
     if _exists("parity"):
@@ -79,6 +85,20 @@ def _attacks() -> str:
         names for names in ATTACKS if all(name is None or (RESULTS / f"{name}.json").exists() for name in names)
     ]
     return attacks_table([tuple(None if name is None else record(name) for name in names) for names in measured])
+
+
+def _votes() -> str:
+    """Every aggregator with the clean copy among its ten, and one noisy copy alone; `docs/sweeps.md` has the rest."""
+    tables = []
+    for name, title in SWEPT.items():
+        standard, adaptive = (read_sweep(RESULTS / f"sweep_{name}{form}.json") for form in ("", "_eot"))
+        tables.append(f"{title}:\n\n{votes_table(standard, adaptive, _is_headline)}")
+    return "\n" + "\n\n".join(tables) + "\n"
+
+
+def _is_headline(point: PointRecord) -> bool:
+    defense = point.defense or {}
+    return defense["num_samples"] == 1 or (bool(defense["include_clean"]) and point.majority_first)
 
 
 def _clusters(results: list[Record]) -> str:

@@ -23,6 +23,7 @@ from lmms_smoothguard.cli import app
 from lmms_smoothguard.errors import ConfigError, SmoothGuardError
 from lmms_smoothguard.evaluation.questions import load_questions
 from lmms_smoothguard.evaluation.rates import Rate
+from lmms_smoothguard.evaluation.records import ModelRecord
 from lmms_smoothguard.evaluation.samples import SampleRecord
 from lmms_smoothguard.subject import Subject
 from lmms_smoothguard.sweeps import grid as grids
@@ -527,6 +528,20 @@ def test_empty_data_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     done = CliRunner().invoke(app, ["sweep", "tiny-llava", str(tmp_path / "empty"), "--out", str(tmp_path / "out")])
     assert isinstance(done.exception, ConfigError) and "in it; expected" in str(done.exception)
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"model": ModelRecord(name="other", fingerprint="f" * 64)}, "with model other, ffff"),
+    ({}, "this one has caption.parquet"),
+])  # fmt: skip
+def test_a_sweep_of_something_else_is_not_replaced(swept, tmp_path, change, named):
+    record, samples = swept
+    path = write_sweep(tmp_path, dataclasses.replace(record, **change), samples)
+    before, data = path.read_bytes(), POPE if change else CAPTION
+    done = CliRunner().invoke(app, ["sweep", "tiny-llava", data, "--limit", "3", "--out", str(tmp_path)])
+    assert isinstance(done.exception, SmoothGuardError) and "is a sweep with" in str(done.exception)
+    assert named in str(done.exception)
+    assert path.read_bytes() == before
 
 
 def test_presets():

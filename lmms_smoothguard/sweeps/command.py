@@ -151,6 +151,7 @@ def _run(
     from lmms_smoothguard.sweeps.tables import describe
 
     subject = Subject(model, device, dtype)
+    session.refuse_another(out / "sweep.json", subject, questions)
     record, samples = session.sweep(
         subject,
         questions,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from lmms_smoothguard.errors import SmoothGuardError
 from lmms_smoothguard.evaluation.figures import Figure
 from lmms_smoothguard.evaluation.machine import machine, versions
 from lmms_smoothguard.evaluation.questions import Questions
@@ -15,7 +16,7 @@ from lmms_smoothguard.subject import Subject
 from lmms_smoothguard.sweeps.collect import Answers, Collector
 from lmms_smoothguard.sweeps.figures import by_poisoned_copies, differences, rates
 from lmms_smoothguard.sweeps.grid import Condition, Grid, Point
-from lmms_smoothguard.sweeps.records import PointRecord, SweepRecord
+from lmms_smoothguard.sweeps.records import PointRecord, SweepRecord, read_sweep
 from lmms_smoothguard.sweeps.replay import Replay
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,28 @@ def _task(condition: Condition, questions: Questions) -> TaskRecord:
         data=data,
         attack=AttackRecord(settings=settings, access=attack_access(settings), adaptive=attack.eot > 0),
     )
+
+
+def refuse_another(path: Path, subject: Subject, questions: Questions) -> None:
+    """Raises SmoothGuardError where `path` is the result of another model or of other data: a wider grid replaces a sweep of
+    the same, nothing else."""
+    if not path.exists():
+        return
+    stored = read_sweep(path)
+    data = next(iter(stored.tasks.values())).data
+    for what, there, here in (
+        ("model", (stored.model.name, stored.model.fingerprint), (plain_name(subject.name), subject.fingerprint)),
+        ("data", (data.source, data.split, data.revision), (plain_name(questions.source), questions.split, questions.revision)),
+    ):  # fmt: skip
+        if there != here:
+            raise SmoothGuardError(
+                f"{path} is a sweep with {what} {_listed(there)}, and this one has {_listed(here)}; expected the same, or another "
+                "directory (--out)"
+            )
+
+
+def _listed(parts: tuple[str | None, ...]) -> str:
+    return ", ".join(str(part)[:40] for part in parts if part is not None)
 
 
 def plain_name(source: str) -> str:
