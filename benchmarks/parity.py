@@ -29,8 +29,10 @@ from rich.progress import track
 from lmms_smoothguard.evaluation.differences import paired_difference
 from lmms_smoothguard.evaluation.machine import environment
 from lmms_smoothguard.evaluation.rates import attack_success_rate
+from lmms_smoothguard.files import replace_file
+from lmms_smoothguard.fingerprint import model_fingerprint
 from peers.attackers import BUDGETS, CASES, OURS, Case, run_of
-from peers.questions import Question, QuestionClassifier, Subject, pictures_of
+from peers.questions import QUESTIONS, Question, QuestionClassifier, Subject, pictures_of
 from peers.table import print_table
 from timing.paired import ratio, run_paired
 
@@ -99,22 +101,22 @@ def _fooled(asked: Sequence[Question], right: Sequence[bool]) -> dict[str, bool]
 
 def _still_right(subject: Subject, case: Case, side: str, asked: Sequence[Question]) -> list[bool]:
     """Whether each question is still answered rightly after the attack."""
-    versions = [importlib.metadata.version(name) for name in PEERS]
-    code = [path.read_bytes() for place in ("lmms_smoothguard/attacks", "benchmarks/peers") for path in _sources(place)]
-    plan = json.dumps([dataclasses.asdict(case), side, len(asked), versions])
+    versions = [importlib.metadata.version(name) for name in (*PEERS, "torch", "transformers")]
+    code = [path.read_bytes() for place in ("lmms_smoothguard", "benchmarks/peers") for path in _sources(place)]
+    data = hashlib.sha256(QUESTIONS.read_bytes()).hexdigest()
+    plan = json.dumps([dataclasses.asdict(case), side, len(asked), versions, model_fingerprint(subject.model), data])
     key = hashlib.sha256(b"\0".join([plan.encode(), *code])).hexdigest()[:24]
     kept = ROOT / "runs" / "parity" / f"{key}.json"
     if not kept.exists():
         found = run_of(side, subject, case)(asked)
         answers = [subject.still_right(question, picture) for question, picture in zip(asked, found, strict=True)]
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(answers))
+        replace_file(kept, json.dumps(answers).encode())
     listed: list[bool] = json.loads(kept.read_text())
     return listed
 
 
 def _sources(place: str) -> list[Path]:
-    return sorted((ROOT / place).glob("*.py"))
+    return sorted((ROOT / place).rglob("*.py"))
 
 
 def _timed(rows: Sequence[dict[str, Any]], subject: Subject, asked: Sequence[Question], rounds: int) -> None:

@@ -103,6 +103,36 @@ def test_image_tokens_are_those_that_the_language_model_is_given(subject, pictur
     assert not torch.allclose(found[0], found[1], rtol=1e-2)
 
 
+def test_sizes_that_only_the_inner_model_names_are_passed_on():
+    """Pixtral pads pictures to the largest and cuts the padding's tokens off again by image_sizes."""
+    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = PixtralVisionConfig(**small, image_size=32, patch_size=8)
+    text = LlamaConfig(**small, num_key_value_heads=2, vocab_size=64)
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=5,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    inputs = {"pixel_values": torch.rand(2, 3, 32, 32), "image_sizes": torch.tensor([[16, 32], [16, 32]])}
+    with torch.no_grad():
+        assert image_features(model, inputs, 2).shape == (2, (16 // 8) * (32 // 8), 32)
+
+
+@pytest.mark.parametrize(
+    ("crops", "restarts", "eot", "rows"), [(0, 1, 0, 32), (4, 1, 0, 8), (2, 2, 2, 4), (40, 1, 0, 1)]
+)
+def test_crops_count_for_memory(trained, tmp_path, crops, restarts, eot, rows):
+    crafter = Crafter(*trained, AttackCache(tmp_path), batch_size=32)
+    assert crafter._rows(settings(crops=crops, restarts=restarts, eot=eot), ["input_ids"]) == rows
+    assert crafter._rows(settings(crops=crops), ["position_ids"]) == 1
+
+
 def test_feature_attacks_run_on_every_architecture(subject, pictures, tmp_path):
     if subject.kind.name == "mllama":
         pytest.skip("see the refusal below")

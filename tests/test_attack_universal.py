@@ -18,7 +18,7 @@ from lmms_smoothguard.attacks.objective import answer_ids
 from lmms_smoothguard.attacks.rendering import Renderer
 from lmms_smoothguard.attacks.settings import AttackSettings
 from lmms_smoothguard.attacks.universal import InParts, Minibatches, Universal, base_picture
-from lmms_smoothguard.attacks.universal_crafter import CorpusLoss, Lesson, UniversalCrafter
+from lmms_smoothguard.attacks.universal_crafter import Lesson, UniversalCrafter
 from lmms_smoothguard.choice import choose
 from lmms_smoothguard.errors import AttackError, ConfigError
 from lmms_smoothguard.tiny import language
@@ -91,6 +91,18 @@ def test_every_kind_of_file_says_the_same(tmp_path):
         writer.writerows({**row, "source": "x"} for row in ROWS)
     for kind in ("json", "jsonl", "parquet", "csv"):
         assert load_corpus(str(tmp_path / f"a.{kind}")) == (Pair(**ROWS[0]), Pair(**ROWS[1])), kind
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "csv"])
+def test_line_ends_inside_texts_and_byte_order_marks(tmp_path, kind):
+    text = "one\u2028two\u0085three"
+    if kind == "csv":
+        written = f'instruction,response\nDo it.,"{text}"\n'
+    else:
+        row = json.dumps({"instruction": "Do it.", "response": text}, ensure_ascii=False)
+        written = f"[{row}]" if kind == "json" else f"{row}\n"
+    (tmp_path / f"a.{kind}").write_text(written, encoding="utf-8-sig")
+    assert load_corpus(str(tmp_path / f"a.{kind}")) == (Pair("Do it.", text),)
 
 
 def test_responses_alone_have_empty_instructions(tmp_path):
@@ -255,10 +267,10 @@ def test_the_loss_is_the_models_own_over_the_minibatch(trained, lessons, corpus,
     crafter = UniversalCrafter(model, processor, AttackCache(tmp_path), batch_size=2)
     clean = (torch.from_numpy(base / np.float32(255)).permute(2, 0, 1)[None],)
     renderer = Renderer(processor, model.device, torch.float32)
-    loss = CorpusLoss(crafter, "key", made, renderer, clean, taught)
+    loss = crafter._corpus_loss("key", made, renderer, clean, taught)
     every = Minibatches({number: [number] for number in range(12)}, 12, 0)
     every.draw = lambda: [[number] for number in range(12)]  # the whole corpus, one at a time
-    single = CorpusLoss(crafter, "key", made, renderer, clean, taught)
+    single = crafter._corpus_loss("key", made, renderer, clean, taught)
     single._minibatches = every
     expected = []
     for lesson in taught:
@@ -291,7 +303,7 @@ def test_the_budget_the_record_and_the_cache(craft, corpus, monkeypatch):
 
 
 def test_a_picture_is_a_function_of_its_key(craft, corpus, tmp_path):
-    """Made twice, and from the same corpus under another name, it is the same; the memory's batch size counts for nothing."""
+    """Made twice, and from the same corpus under another name, it is the same."""
     fields = {"steps": 3, "batch": 4, "eps": "16/255"}
     first = craft(TRAINING[:8], corpus=corpus, **fields)
     copy = write(tmp_path / "copy.json", TRAINING)
@@ -302,6 +314,16 @@ def test_a_picture_is_a_function_of_its_key(craft, corpus, tmp_path):
     assert (other.images[0] != first.images[0]).any()
     changed = write(tmp_path / "copy.json", TRAINING[1:])
     assert len({first.key, other.key, craft(TRAINING[:8], corpus=changed, **fields).key}) == 3
+
+
+@pytest.mark.parametrize("eot", [0, 2])
+def test_the_memory_at_hand_counts_for_nothing(craft, corpus, eot):
+    defense = choose({"sigma": 0.2, "noise_space": "pixel"})
+    fields = {"corpus": corpus, "steps": 3, "batch": 4, "eps": "16/255", "eot": eot}
+    much, little = (craft(TRAINING[:8], defense, size, cache=f"{size}", **fields) for size in (32, 2))
+    assert much.key == little.key
+    apart = np.abs(much.images[0].astype(int) - little.images[0].astype(int))
+    assert (apart > 0).mean() < 0.01  # sums in another order may round a sign elsewhere; other draws move most
 
 
 def test_eot_draws_the_defences_noise_anew_for_every_step_and_row(craft, corpus, monkeypatch):

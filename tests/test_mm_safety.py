@@ -283,7 +283,8 @@ def test_safety_of_the_embedded_scenes_under_attack():
 def test_one_picture_for_all_questions(mm, task):
     if "universal" not in plugins.offers("attacks"):
         pytest.skip("attack universal is not there")
-    found = run([task], 13, defense="none", judge=f"guard/{GUARD_DIR}", attack_steps=20)
+    corpus = {"attack_corpus": "shapes/data/universal_corpus.parquet"} if task.startswith("mm") else {}
+    found = run([task], 13, defense="none", judge=f"guard/{GUARD_DIR}", attack_steps=20, **corpus)
     figures = found["results"][task]
     assert figures["asr_count,none"] >= 11
     infos = [sample["token_counts"][0] for sample in found["samples"][task]]

@@ -110,7 +110,7 @@ def test_only_universal_requests_are_taken_out(options):
 
 
 @pytest.mark.parametrize("defense", ["none", "smoothguard"])
-def test_one_picture_for_a_whole_task(tmp_path, monkeypatch, defense):
+def test_one_picture_for_a_whole_task(tmp_path, monkeypatch, caplog, defense):
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
@@ -141,3 +141,5 @@ def test_one_picture_for_a_whole_task(tmp_path, monkeypatch, defense):
     assert infos[0]["attack"]["name"] == "universal"
     assert 0 < infos[0]["attack_linf"] <= 32 / 255 + 1e-6
     assert all(("candidates" in info) == (defense != "none") for info in infos)
+    assert all(info["attack_replaces_picture"] for info in infos)  # the scenes' own
+    assert "The control is attack_eps=0" in caplog.text

@@ -44,6 +44,11 @@ class Attack(ABC):
         """Raises ConfigError for settings that do not go together; called as soon as they are made."""
 
     @classmethod
+    def rows(cls, settings: AttackSettings) -> int:
+        """How many rows the model is given at once for one request, EOT's draws aside: what memory has to hold."""
+        return settings.restarts
+
+    @classmethod
     def content(cls, settings: AttackSettings) -> Mapping[str, Any]:
         """Options that only point at something (a file's path), by name, and what they point at: arrays or JSON.
 

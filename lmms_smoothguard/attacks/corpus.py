@@ -86,14 +86,15 @@ def _csv(file: Path) -> list[Any]:
 
 
 def _json(file: Path) -> list[Any]:
-    rows = json.loads(file.read_text(encoding="utf-8"))
+    rows = json.loads(file.read_text(encoding="utf-8-sig"))
     if not isinstance(rows, list):
         raise ValueError(f"a {type(rows).__name__} instead of a list of rows")
     return rows
 
 
 def _jsonl(file: Path) -> list[Any]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would part texts at U+2028, too
+    return [json.loads(line) for line in lines if line.strip()]
 
 
 _READERS: dict[str, Callable[[Path], list[Any]]] = {

@@ -7,14 +7,12 @@ on CPUs none was found (`docs/decisions.md`).
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
-import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +23,11 @@ from PIL import Image
 from lmms_smoothguard import plugins
 from lmms_smoothguard.attacks.base import Attack
 from lmms_smoothguard.attacks.cache import FORMAT, AttackCache, Entry, content_key
+from lmms_smoothguard.attacks.model_state import deterministic, frozen
 from lmms_smoothguard.attacks.objective import PIXELS, Perturb, Threat
 from lmms_smoothguard.attacks.pictures import Pictures, distances
 from lmms_smoothguard.attacks.precision import exact_logits
-from lmms_smoothguard.attacks.rendering import EXACT_ENOUGH, Renderer
+from lmms_smoothguard.attacks.rendering import Renderer, warn_of
 from lmms_smoothguard.attacks.settings import AttackSettings
 from lmms_smoothguard.choice import Choice
 from lmms_smoothguard.errors import AttackError
@@ -37,7 +36,7 @@ from lmms_smoothguard.inputs.media import find_images
 from lmms_smoothguard.inputs.statistics import PixelStatistics, pixel_statistics
 from lmms_smoothguard.noise import Draw, Randomness
 
-log = logging.getLogger(__name__)
+_ALONE = frozenset({"cross_attention_mask", "position_ids"})
 
 
 @dataclass(frozen=True)
@@ -135,11 +134,17 @@ class Crafter:
             sizes = tuple(image.size for image in job.images)
             groups[(job.settings, sizes, len(job.answer), tuple(shapes))].append(key)
         for (settings, *_, shapes), keys in groups.items():
-            size = max(1, self._batch_size // (max(1, settings.eot) * settings.restarts))
-            if any(name in ("cross_attention_mask", "position_ids") for name, _ in shapes):
-                size = 1
+            size = self._rows(settings, [name for name, _ in shapes])
             for start in range(0, len(keys), size):
                 yield keys[start : start + size]
+
+    def _rows(self, settings: AttackSettings, names: Iterable[str]) -> int:
+        """How many requests can share a batch, the model's rows for each counted; those with inputs called `names` not at all
+        where these have no row a request."""
+        if not _ALONE.isdisjoint(names):
+            return 1
+        attack: type[Attack] = plugins.load("attacks", settings.name)
+        return max(1, self._batch_size // (max(1, settings.eot) * attack.rows(settings)))
 
     def _craft_batch(self, jobs: Mapping[str, Job], bar: Any) -> dict[str, Entry]:
         first = next(iter(jobs.values()))
@@ -149,12 +154,7 @@ class Crafter:
         captured = {**first.inputs, PIXELS: torch.cat([job.inputs[PIXELS] for job in jobs.values()])}
         with torch.no_grad():
             gaps = renderer.check(clean, captured, PIXELS)
-        if max(gaps) > EXACT_ENOUGH:
-            log.warning(
-                "the caller changes images before the model sees them (%.3g off on average, in normalised units; JPEG, "
-                "perhaps): the attack is crafted without that step and scored with it, so it is weaker than it could be",
-                max(gaps),
-            )
+        warn_of(gaps)
         rendered = set(renderer(tuple(slot[:1] for slot in clean)))
         prompts = [
             {k: v for k, v in job.inputs.items() if isinstance(v, torch.Tensor) and k not in rendered}
@@ -179,11 +179,7 @@ class Crafter:
         with plugins.blame("attacks", settings.name), exact_logits(self._model):
             attack: Attack = plugins.load("attacks", settings.name)(settings)
             adversarial = attack.run(attack.objective(threat), clean, progress)
-        apart = distances(adversarial, clean)
-        if (largest := max(distance[settings.norm] for distance in apart)) > settings.eps + 1e-6:
-            raise AttackError(
-                f"attack {settings.name!r} left its budget: {settings.norm} {largest:.4g}, expected at most {settings.eps:.4g}"
-            )
+        apart = distances_within(settings, adversarial, clean)
         seconds = (time.perf_counter() - started) / len(jobs)
         if not settings.eps:
             bar.update(len(jobs))
@@ -227,6 +223,16 @@ class Crafter:
         return pixel_statistics(self._model, getattr(self._processor, "image_processor", self._processor))
 
 
+def distances_within(settings: AttackSettings, adversarial: Pictures, clean: Pictures) -> list[dict[str, float]]:
+    """`distances`. Raises AttackError where one is beyond the budget, which no attack may leave."""
+    apart = distances(adversarial, clean)
+    if (largest := max(distance[settings.norm] for distance in apart)) > settings.eps + 1e-6:
+        raise AttackError(
+            f"attack {settings.name!r} left its budget: {settings.norm} {largest:.4g}, expected at most {settings.eps:.4g}"
+        )
+    return apart
+
+
 def _without_seed(config: Any) -> Any:
     """A defence's settings as an attacker knows them."""
     if not any(field.name == "seed" for field in dataclasses.fields(config)):
@@ -260,34 +266,3 @@ def slots_of(rows: Sequence[Sequence[Image.Image]], device: torch.device) -> Pic
         torch.from_numpy(np.stack([row[slot] for row in arrays])).permute(0, 3, 1, 2).contiguous().to(device)
         for slot in range(len(arrays[0]))
     )
-
-
-@contextlib.contextmanager
-def deterministic() -> Iterator[None]:
-    """Deterministic kernels where there are any: some on a GPU sum in whatever order their threads arrive."""
-    enabled, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    if not enabled:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-
-
-@contextlib.contextmanager
-def frozen(model: Any) -> Iterator[None]:
-    """No gradients for the weights, and evaluation mode, for the time of an attack."""
-    training = model.training
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-        for parameter in wanted:
-            parameter.requires_grad_(True)

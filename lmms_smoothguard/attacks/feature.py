@@ -7,9 +7,7 @@ away from the clean picture's own features.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -19,7 +17,7 @@ from torch.nn.functional import cosine_similarity
 
 from lmms_smoothguard.attacks.crops import random_crops
 from lmms_smoothguard.attacks.features import image_features, text_feature
-from lmms_smoothguard.attacks.files import find_file, load_picture
+from lmms_smoothguard.attacks.files import load_picture
 from lmms_smoothguard.attacks.objective import PIXELS, Threat
 from lmms_smoothguard.attacks.pgd import PGD, PGDOptions
 from lmms_smoothguard.attacks.pictures import Objective, Pictures, repeated
@@ -79,10 +77,15 @@ class Feature(PGD):
             )
 
     @classmethod
+    def rows(cls, settings: AttackSettings) -> int:
+        """Every crop's gradient is kept until all are added."""
+        return super().rows(settings) * max(1, int(settings.options.crops))
+
+    @classmethod
     def content(cls, settings: AttackSettings) -> Mapping[str, Any]:
         """The target picture's pixels."""
         path = settings.options.target_image
-        return {} if path is None else {"target_image": _target_pixels(path)}
+        return {} if path is None else {"target_image": load_picture(path, "target_image")}
 
     def objective(self, threat: Threat) -> Objective:
         """Cosine to the target, or minus the cosine to the clean picture."""
@@ -164,16 +167,6 @@ def _fitted(path: str, slot: torch.Tensor) -> torch.Tensor:
     from PIL import Image
 
     height, width = slot.shape[-2:]
-    image = Image.fromarray(_target_pixels(path)).resize((width, height), Image.Resampling.BICUBIC)
+    image = Image.fromarray(load_picture(path, "target_image")).resize((width, height), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.asarray(image, np.float32) / 255).permute(2, 0, 1)[None]
     return repeated((pixels.to(slot),), len(slot))[0]
-
-
-def _target_pixels(path: str) -> np.ndarray:
-    file = find_file(path, "target_image")
-    return _read(file, file.stat().st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=8)
-def _read(file: Path, _changed: int) -> np.ndarray:
-    return load_picture(file, "target_image")

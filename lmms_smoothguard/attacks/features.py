@@ -26,7 +26,7 @@ def image_features(model: Any, inputs: Mapping[str, Any], rows: int) -> torch.Te
             f"{type(model).__name__} has no get_image_features: there are no image tokens before its language model. Expected "
             "a model that projects its pictures to tokens, such as LLaVA, Qwen-VL, InternVL, Idefics 3 or PaliGemma"
         )
-    wanted = inspect.signature(method).parameters
+    wanted = _arguments(model)
     found = method(**{name: value for name, value in inputs.items() if name in wanted})
     found = getattr(found, "pooler_output", found)
     parts = [found] if isinstance(found, torch.Tensor) else found
@@ -40,6 +40,16 @@ def image_features(model: Any, inputs: Mapping[str, Any], rows: int) -> torch.Te
             f"{type(model).__name__} makes {len(tokens)} image tokens of {rows} rows; expected equally many a row"
         )
     return tokens.view(rows, -1, tokens.shape[-1]).float()
+
+
+def _arguments(model: Any) -> set[str]:
+    """What `get_image_features` takes; where it only passes keywords on, also what the inner model's takes (Pixtral's
+    image_sizes)."""
+    parameters = inspect.signature(model.get_image_features).parameters
+    names, inner = set(parameters), getattr(getattr(model, "model", None), "get_image_features", None)
+    if inner is not None and any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        names |= set(inspect.signature(inner).parameters)
+    return names
 
 
 def text_feature(model: Any, processor: Any, text: str) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -26,8 +27,14 @@ def find_file(path: str, option: str) -> Path:
     )
 
 
-def load_picture(file: Path, option: str) -> np.ndarray:
-    """(height, width, 3) uint8. Raises AttackError for what is no picture."""
+def load_picture(path: str, option: str) -> np.ndarray:
+    """(height, width, 3) uint8 of the file that `find_file` finds. Raises AttackError for what is no picture."""
+    file = find_file(path, option)
+    return _read(file, option, file.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _read(file: Path, option: str, _changed: int) -> np.ndarray:
     try:
         with whole_pictures(), Image.open(file) as image:
             return np.asarray(image.convert("RGB"))

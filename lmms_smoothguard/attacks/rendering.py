@@ -6,7 +6,8 @@ ends is checked on the clean images, every time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from lmms_smoothguard.attacks.pictures import Pictures
 from lmms_smoothguard.errors import AttackError
 
+log = logging.getLogger(__name__)
 EXACT_ENOUGH = 0.03
 """Mean absolute difference from the 8-bit path, in normalised units (two grey levels of CLIP's), that a resize explains:
 it rounds and clips there, and not here. Beyond it something else happens to the image, such as JPEG."""
@@ -75,6 +77,16 @@ class Renderer:
         raise AttackError(
             f"the differentiable preprocessing does not reproduce {key}: {problem}. The caller preprocesses images in a "
             "way of its own, so an attack would be scored on other pixels than it was crafted on."
+        )
+
+
+def warn_of(gaps: Sequence[float]) -> None:
+    """Says where requests are attacked through less than their whole path."""
+    if max(gaps) > EXACT_ENOUGH:
+        log.warning(
+            "the caller changes images before the model sees them (%.3g off on average, in normalised units; JPEG, "
+            "perhaps): the attack is crafted without that step and scored with it, so it is weaker than it could be",
+            max(gaps),
         )
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -15,7 +13,7 @@ import torch
 
 from lmms_smoothguard.attacks.base import Attack, value_and_gradients
 from lmms_smoothguard.attacks.corpus import load_corpus
-from lmms_smoothguard.attacks.files import find_file, load_picture
+from lmms_smoothguard.attacks.files import load_picture
 from lmms_smoothguard.attacks.objective import Threat
 from lmms_smoothguard.attacks.pictures import Objective, Pictures, Progress
 from lmms_smoothguard.attacks.settings import AttackSettings
@@ -78,7 +76,7 @@ class Universal(Attack):
         """The corpus and the picture it starts from."""
         own = settings.options
         found: dict[str, Any] = {"corpus": [list(pair) for pair in corpus_of(settings)]}
-        return found | ({} if own.base is None else {"base": _pixels(own.base)})
+        return found | ({} if own.base is None else {"base": load_picture(own.base, "base")})
 
     def objective(self, threat: Threat) -> Objective:
         """Refused: a request has no picture of its own here."""
@@ -172,7 +170,7 @@ def base_picture(settings: AttackSettings, processor: Any) -> np.ndarray:
     """(height, width, 3) uint8: the picture that the search starts from and its budget is measured from."""
     own = settings.options
     if own.base is not None:
-        return _pixels(own.base)
+        return load_picture(own.base, "base")
     height, width = (own.size, own.size) if own.size is not None else _native_size(processor)
     return np.full((height, width, 3), _GREY, np.uint8)
 
@@ -188,13 +186,3 @@ def _native_size(processor: Any) -> tuple[int, int]:
         if height and width:
             return int(height), int(width)
     return 336, 336
-
-
-def _pixels(path: str) -> np.ndarray:
-    file = find_file(path, "base")
-    return _read(file, file.stat().st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=4)
-def _read(file: Path, _changed: int) -> np.ndarray:
-    return load_picture(file, "base")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,12 @@ from PIL import Image
 
 from lmms_smoothguard import plugins
 from lmms_smoothguard.attacks.cache import FORMAT, Entry, content_key
-from lmms_smoothguard.attacks.craft import Crafter, deterministic, frozen, settings_parts, slots_of
+from lmms_smoothguard.attacks.craft import Crafter, distances_within, settings_parts, slots_of
+from lmms_smoothguard.attacks.model_state import deterministic, frozen
 from lmms_smoothguard.attacks.objective import PIXELS, AnswerLoss, Threat
-from lmms_smoothguard.attacks.pictures import Objective, Pictures, distances
+from lmms_smoothguard.attacks.pictures import Objective, Pictures
 from lmms_smoothguard.attacks.precision import exact_logits
-from lmms_smoothguard.attacks.rendering import Renderer
+from lmms_smoothguard.attacks.rendering import Renderer, warn_of
 from lmms_smoothguard.attacks.settings import AttackSettings
 from lmms_smoothguard.attacks.universal import InParts, Minibatches, Universal
 from lmms_smoothguard.errors import AttackError
@@ -77,8 +78,9 @@ class UniversalCrafter(Crafter):
         clean = slots_of([[Image.fromarray(base)]], model.device)
         renderer = Renderer(self._processor, model.device, captured[PIXELS].dtype)
         with torch.no_grad():
-            gap = renderer.check(clean, captured, PIXELS)[0]
-        corpus = CorpusLoss(self, key, settings, renderer, clean, lessons)
+            gaps = renderer.check(clean, captured, PIXELS)
+        warn_of(gaps)
+        corpus = self._corpus_loss(key, settings, renderer, clean, lessons)
         started, losses = time.perf_counter(), []
 
         def progress(number: int, value: torch.Tensor) -> None:
@@ -86,16 +88,17 @@ class UniversalCrafter(Crafter):
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
             bar.update()
 
-        attack: Universal = plugins.load("attacks", settings.name)(settings)
-        found = attack.run(InParts(corpus.draw), clean, progress)
+        with plugins.blame("attacks", settings.name):
+            attack: Universal = plugins.load("attacks", settings.name)(settings)
+            found = attack.run(InParts(corpus.draw), clean, progress)
         picture = (found[0][0] * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
         pairs = json.dumps(settings_parts(settings)["content of corpus"])
         record = {
             "attack": settings.to_dict(),
             "model": self.fingerprint,
             "randomness": self._known_randomness(settings.eot),
-            **distances(found, clean)[0],
-            "rendering_gap": gap,
+            **distances_within(settings, found, clean)[0],
+            "rendering_gap": gaps[0],
             "seconds": time.perf_counter() - started,
             "corpus_digest": hashlib.sha256(pairs.encode()).hexdigest(),
             "corpus_size": len(lessons),
@@ -103,54 +106,60 @@ class UniversalCrafter(Crafter):
         }
         return self._cache.put(key, [picture], record)
 
-
-class CorpusLoss:
-    """Minus the mean cross-entropy of minibatches of lessons, all asked with one picture."""
-
-    def __init__(
-        self,
-        crafter: UniversalCrafter,
-        key: str,
-        settings: AttackSettings,
-        renderer: Renderer,
-        clean: Pictures,
-        lessons: Sequence[Lesson],
-    ) -> None:
-        self._crafter, self._key, self._settings = crafter, key, settings
-        self._renderer, self._clean, self._lessons = renderer, clean, lessons
+    def _corpus_loss(
+        self, key: str, settings: AttackSettings, renderer: Renderer, clean: Pictures, lessons: Sequence[Lesson]
+    ) -> CorpusLoss:
         rendered = set(renderer(clean))
-        self._prompts = [
+        prompts = [
             {k: v for k, v in lesson.inputs.items() if isinstance(v, torch.Tensor) and k not in rendered}
             for lesson in lessons
         ]
         groups: dict[Any, list[int]] = defaultdict(list)
-        for number, (prompt, lesson) in enumerate(zip(self._prompts, lessons, strict=True)):
+        for number, (prompt, lesson) in enumerate(zip(prompts, lessons, strict=True)):
             shapes = sorted((name, tuple(value.shape)) for name, value in prompt.items())
             groups[tuple(shapes), len(lesson.answer)].append(number)
-        self._minibatches = Minibatches(groups, min(settings.options.batch, len(lessons)), settings.seed)
+
+        def threat(step: int, members: Sequence[int]) -> Threat:
+            """A member is drawn once a step at most, so its draws depend neither on its neighbours nor on the memory at hand."""
+            keys = [f"{key}|{step}|{member}" for member in members]
+            return Threat(
+                self._model,
+                self._processor,
+                renderer,
+                tuple(slot.expand(len(members), -1, -1, -1) for slot in clean),
+                [prompts[member] for member in members],
+                [lessons[member].answer for member in members],
+                self._perturbation(settings, keys) if settings.eot else None,
+                max(1, settings.eot),
+            )
+
+        minibatches = Minibatches(groups, min(settings.options.batch, len(lessons)), settings.seed)
+        return CorpusLoss(threat, minibatches, self._rows(settings, prompts[0]))
+
+
+class CorpusLoss:
+    """Minus the mean cross-entropy of minibatches of a corpus, all asked with one picture.
+
+    threat: (step from 1, members) -> what is asked of these members of the corpus; rows: how many of them fit into memory.
+    """
+
+    def __init__(self, threat: Callable[[int, Sequence[int]], Threat], minibatches: Minibatches, rows: int) -> None:
+        self._threat, self._minibatches, self._rows = threat, minibatches, rows
         self._step = 0
 
     def draw(self) -> list[Objective]:
         """The next minibatch, in parts of equal lengths that fit into memory."""
         members = self._minibatches.draw()
-        total, most = sum(map(len, members)), max(1, self._crafter._batch_size // max(1, self._settings.eot))
-        parts = [group[start : start + most] for group in members for start in range(0, len(group), most)]
+        total = sum(map(len, members))
         self._step += 1
-        return [self._part(part, f"{self._step}|{place}", total) for place, part in enumerate(parts)]
+        return [
+            self._part(group[start : start + self._rows], total)
+            for group in members
+            for start in range(0, len(group), self._rows)
+        ]
 
-    def _part(self, members: Sequence[int], place: str, total: int) -> Objective:
-        settings, rows = self._settings, [f"{self._key}|{place}|{row}" for row in range(len(members))]
-        threat = Threat(
-            self._crafter._model,
-            self._crafter._processor,
-            self._renderer,
-            tuple(slot.expand(len(members), -1, -1, -1) for slot in self._clean),
-            [self._prompts[member] for member in members],
-            [self._lessons[member].answer for member in members],
-            self._crafter._perturbation(settings, rows) if settings.eot else None,
-            max(1, settings.eot),
-        )
-        loss = AnswerLoss(threat, "target")
+    def _part(self, members: Sequence[int], total: int) -> Objective:
+        loss = AnswerLoss(self._threat(self._step, members), "target")
         return lambda pictures: loss(_alike(pictures, len(members))).sum()[None] / total
 
 

@@ -66,6 +66,8 @@ def attacked_requests(
     for each in shown:
         request = each.plan.request
         made[id(request)] = _attacked(each.plan, each.plain, clean[id(request)], each.entry, each.arguments)
+        if each.plan.images:  # distances are from the picture that the search started from, not from the sample's own
+            made[id(request)].metadata[INFO]["attack_replaces_picture"] = True
     jobs: list[tuple[Plan, PlainPass, Job]] = []
     for one, plain in passes:
         job = _job(one, plain, clean[id(one.request)], tokenizer)

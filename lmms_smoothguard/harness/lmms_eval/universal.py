@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from lmms_smoothguard.harness.lmms_eval.options import Options
 from lmms_smoothguard.harness.lmms_eval.planning import Plan, refuse_duplicates
 from lmms_smoothguard.harness.lmms_eval.recording import PlainPass, recorded
 
+log = logging.getLogger(__name__)
 NAME = "universal"
 
 
@@ -69,17 +71,28 @@ def shown_requests(
     unique = {id(request): request for request in requests}.values()
     plans = [_plan(way.wrapper, request, options) for request in unique]
     refuse_duplicates(plans)
-    groups: dict[AttackSettings, list[Plan]] = defaultdict(list)
+    # A task's system turns and settings are its own, so each is taught by itself; alike ones have one key.
+    groups: dict[tuple[AttackSettings, str], list[Plan]] = defaultdict(list)
     for one in plans:
-        groups[one.attack.settings].append(one)
-    for settings, members in groups.items():
+        groups[one.attack.settings, one.request.task_name].append(one)
+    for (settings, task), members in groups.items():
+        _warn_of_replacing(task, members)
         _refuse_known_questions(way.wrapper, corpus_of(settings), members)
     shown = []
-    for settings, members in groups.items():
+    for (settings, _), members in groups.items():
         base = base_picture(settings, processor)
         lessons = way.lessons(corpus_of(settings), Image.fromarray(base), members[0].request, tokenizer)
         shown += way.shown(members, crafter.craft_universal(settings, base, lessons))
     return shown
+
+
+def _warn_of_replacing(task: str, plans: Sequence[Plan]) -> None:
+    if any(one.images for one in plans):
+        log.warning(
+            "%s has pictures, and attack=universal shows its own in their place: answers change for that alone. The control is "
+            "attack_eps=0, the picture that it starts from.",
+            task,
+        )
 
 
 def _plan(wrapper: Any, request: Instance, options: Options) -> Plan:
