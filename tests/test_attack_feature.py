@@ -282,6 +282,7 @@ def test_a_target_text_is_taken_as_written():
         ({"target_image": 5}, "target_image is 5"),
         ({"target": "Sure"}, "attack target is 'Sure', an answer to be forced.*target_text"),
         ({"random_start": False}, "random_start is False; away from"),
+        ({"loss": "ce"}, "attack loss is 'ce', of answers; attack=feature compares"),
         ({"crops": -1}, "crops is -1"),
         ({"crops": 1.5}, "crops is 1.5"),
         ({"crop_low": 0}, "crop_low is 0"),

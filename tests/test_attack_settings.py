@@ -98,6 +98,13 @@ def test_options_of_another_attack_are_refused(wild):
         options_of("pdg")
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_budget_below_one_grey_level_is_refused_because_rounding_would_undo_it(norm):
+    with pytest.raises(ConfigError, match=r"eps is 0\.003, less than one grey level"):
+        AttackSettings.parse({"norm": norm, "eps": 0.003})
+    assert [AttackSettings.parse({"norm": norm, "eps": eps}).eps for eps in (0, "1/255")] == [0, 1 / 255]
+
+
 def test_model_args_may_set_an_option_of_the_attack_that_a_task_names():
     from lmms_smoothguard.harness.lmms_eval.options import take_options
 

@@ -34,15 +34,32 @@ def grey(rows=1, size=8, seed=0):
 
 
 def test_the_squares_shrink_as_published():
-    """Section 3.2: p is halved at iterations 10, 50, 200, ... of 10,000, rescaled for other budgets."""
+    """Section 3.2: p is halved at iterations 10, 50, 200, ... of 10,000, rescaled for other budgets; in the authors' code that
+    is after the square of that number, counted from 0."""
     shape = torch.Size((3, 100, 100))
-    share = {0: 0.8, 9: 0.8, 10: 0.4, 49: 0.4, 50: 0.2, 200: 0.1, 1000: 0.025, 7999: 0.8 / 256, 8000: 0.8 / 512}
+    share = {0: 0.8, 10: 0.8, 11: 0.4, 50: 0.4, 51: 0.2, 200: 0.2, 201: 0.1, 1000: 0.05, 1001: 0.025}
+    share |= {8000: 0.8 / 256, 8001: 0.8 / 512}
     for number, expected in share.items():
         assert side(number, 10_000, 0.8, shape) == max(1, round(expected**0.5 * 100)), number
     assert side(20, 1000, 0.8, shape) == side(200, 10_000, 0.8, shape)
     sizes = [side(number, 300, 0.3, torch.Size((3, 8, 6)), odd=True) for number in range(300)]
     assert all(size % 2 and 3 <= size <= 6 for size in sizes)
     assert side(0, 300, 1.0, torch.Size((3, 8, 6))) == 6
+
+
+def test_the_search_counts_its_squares_from_0():
+    """Of 1,000 queries the squares 0 and 1 are of the first side, sqrt(.36) of the picture's, and 2 has half the area."""
+    seen = []
+
+    def objective(slots):
+        seen.append(slots[0][0].clone())
+        return torch.tensor([1.0 * len(seen)])  # everything is taken
+
+    attack(eps=8 / 255, steps=1000, p_init=0.36, random_start=False).search(
+        objective, (grey(size=10),), (grey(size=10),), lambda number, value: None
+    )
+    changed = [(a != b).any(0) for a, b in itertools.islice(itertools.pairwise(seen), 3)]
+    assert [(int(mask.any(0).sum()), int(mask.any(1).sum())) for mask in changed] == [(6, 6), (6, 6), (4, 4)]
 
 
 def test_the_bump_is_the_papers():
@@ -61,6 +78,18 @@ def test_the_bump_is_the_papers():
     ]
     assert torch.allclose(bump(size), torch.tensor(expected), atol=1e-6)
     assert bump(size)[3].abs().max() == bump(size).abs().max()  # highest in the middle row
+
+
+def test_an_l2_move_is_algorithm_3_computed_by_hand():
+    """eta of length 6, so eta* = eta / 6; change of length sqrt(5) and eps sqrt(7), so each of two channels gets 1 more."""
+    change = torch.tensor([[[[0.6, 0, 0, 0.8], [0, 0, 0, 0]], [[0, 2, 0, 0], [0, 0, 0, 0]]]])
+    new, old = (Window.at(torch.tensor([place]), 2, change.shape) for place in ([0.0, 0.0], [0.0, 0.9]))
+    eta = torch.tensor([[3.0, -3], [3, -3]])
+    after = moved(change, 7**0.5, new, old, eta * torch.tensor([1.0, -1]).view(1, 2, 1, 1))
+    # The old content has unit length beside eta*: (1, 0, 0, 0) + (.5, -.5, .5, -.5), and (0, 1, 0, 0) - the same.
+    first, second = (2 / 3) ** 0.5, (5 / 3) ** 0.5
+    expected = [[[1.5, -0.5, 0, 0], [0.5, -0.5, 0, 0]], [[-0.5, 1.5, 0, 0], [-0.5, 0.5, 0, 0]]]
+    assert torch.allclose(after, torch.tensor([expected]) * torch.tensor([first, second]).view(1, 2, 1, 1), atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (3, 16, 10), (3, 2, 3)])
@@ -300,8 +329,10 @@ def test_eot_goes_through_the_defence(attack_crafter, attack_jobs):
         ({"probes": -1}, "attack probes is -1"),
         ({"probe_sigma": "wide"}, "attack probe_sigma is 'wide'"),
         ({"feedback": "answers", "steps": 31}, "steps is 31 queries, and judging one picture costs 32"),
+        ({"eot": 3, "steps": 1}, "steps is 1 queries, each the mean of 3 passes, and judging one picture costs 2"),
     ],
 )
 def test_settings_that_cannot_be_meant(settings, message):
+    """Refused before anything runs."""
     with pytest.raises(ConfigError, match=message):
-        attack(**settings)
+        AttackSettings.parse("square", settings)

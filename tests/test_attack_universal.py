@@ -190,6 +190,7 @@ def test_what_is_not_there():
     [
         ({"target": "Sure"}, "attack target is 'Sure'; attack=universal forces"),
         ({"restarts": 2}, "attack restarts is 2"),
+        ({"loss": "dlr"}, "attack loss is 'dlr'; attack=universal always lowers"),
         ({"norm": "l2"}, "attack norm is 'l2'"),
         ({"batch": 0}, "attack batch is 0"),
         ({"size": 0.5}, "attack size is 0.5"),

@@ -63,11 +63,16 @@ class Feature(PGD):
 
     @classmethod
     def check(cls, settings: AttackSettings) -> None:
-        """Refuses a text to be forced, and a start where the gradient is zero."""
+        """Refuses a text to be forced, a loss over answers, and a start where the gradient is zero."""
         if settings.target is not None:
             raise ConfigError(
                 f"attack target is {settings.target!r}, an answer to be forced; attack=feature knows no answers. Expected "
                 "target_text or target_image, or attack=pgd"
+            )
+        if settings.loss != AttackSettings.loss:
+            raise ConfigError(
+                f"attack loss is {settings.loss!r}, of answers; attack=feature compares image tokens. Expected no loss, or "
+                "attack=pgd"
             )
         own = settings.options
         if own.target_image is None and own.target_text is None and not settings.random_start:

@@ -10,6 +10,7 @@ import torch
 
 from lmms_smoothguard.attacks.pgd import PGD, PGDOptions
 from lmms_smoothguard.attacks.pictures import Objective, Pictures, Progress
+from lmms_smoothguard.attacks.settings import AttackSettings
 from lmms_smoothguard.errors import AttackError, ConfigError, did_you_mean
 
 PLACES = MappingProxyType(
@@ -50,9 +51,14 @@ class Patch(PGD):
     options = PatchOptions
     defaults = MappingProxyType({"eps": 1.0})
 
-    def start(self, clean: Pictures, number: int) -> Pictures:
-        """Random inside the patches, clean outside."""
-        return self._patched(super().start(clean, number), clean)
+    @classmethod
+    def check(cls, settings: AttackSettings) -> None:
+        """Refuses L2, where the default `eps`, any colour a pixel, would be next to nothing."""
+        if settings.norm != "linf":
+            raise ConfigError(
+                f"attack norm is {settings.norm!r}; attack=patch bounds every pixel of its rectangle (eps 1 = any colour), "
+                "expected linf, or attack=pgd"
+            )
 
     def search(self, objective: Objective, clean: Pictures, start: Pictures, progress: Progress) -> Pictures:
         """PGD on what the patches alone change."""
@@ -68,9 +74,6 @@ class Patch(PGD):
     def to_8_bit(self, new: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
         """As every attack, and outside the patches not even rounded."""
         return torch.where(self._masks(clean), super().to_8_bit(new, clean), clean)
-
-    def _patched(self, new: Pictures, clean: Pictures) -> Pictures:
-        return _within(tuple(map(self._masks, clean)), new, clean)
 
     def _masks(self, clean: torch.Tensor) -> torch.Tensor:
         """(batch, 1, height, width), True inside the patch."""

@@ -21,7 +21,8 @@ class AttackSettings:
     """An attack and its budget.
 
     name: a registered attack; eps: radius in [0, 1] pixel units (L2: of the whole image); steps: gradient steps, never
-    stopped early; step_size: None = max(eps / 8, half a grey level); target: a text to be forced, None = untargeted
+    stopped early (square: queries); step_size: None = the attack's own rule (pgd, patch and feature: `step`; apgd: 2 eps;
+    universal: `Universal.rate`; square has no step); target: a text to be forced, None = untargeted
     (away from the right answer); eot: draws of the defence's noise a step, 0 = attack the undefended model;
     loss: what an untargeted attack raises, "margin" (the best other token over the right one) or "ce" (cross-entropy,
     whose gradient fades where the model is sure) or "dlr" (the margin over the distance of the first from the third token, so
@@ -55,7 +56,7 @@ class AttackSettings:
             raise ConfigError(
                 f"attack eps is {self.eps!r}, more than the whole range of a pixel; grey levels are written as {self.eps:g}/255"
             )
-        if self.norm == "linf" and 0 < self.eps < 1 / 255 - 1e-9:
+        if 0 < self.eps < 1 / 255 - 1e-9:
             raise ConfigError(
                 f"attack eps is {self.eps!r}, less than one grey level: no 8-bit image lies that near; expected 1/255 or more"
             )
@@ -103,7 +104,7 @@ class AttackSettings:
 
     @property
     def step(self) -> float:
-        """The step in force."""
+        """PGD's step: `step_size`, or max(eps / 8, half a grey level). Attacks with another rule do not read it."""
         return self.step_size or max(self.eps / 8, 0.5 / 255)
 
     def to_dict(self) -> dict[str, Any]:

@@ -44,7 +44,8 @@ class SquareOptions:
 
 
 class Square(Attack):
-    """Squares of random place and sign, each kept where the objective grows. `steps` are the queries of a row.
+    """Squares of random place and sign, each kept where the objective grows. `steps` are the queries of a row: the
+    pictures that the model is asked about.
 
     With feedback "answers" a picture costs 1 + `probes` queries: its score is 1 where the model leaves its answer, plus the
     share of the noisy copies where it does, which is there to climb before the picture itself is through. Noise is the same
@@ -53,8 +54,9 @@ class Square(Attack):
     used, except that a restart is chosen by them too, and that "the greedy answer begins with" these tokens is told from one
     teacher-forced pass instead of decoding.
 
-    With EOT both the old and the new picture are asked anew, under the same draws: a step costs two queries then, and no
-    lucky draw is ever carried along.
+    With `eot=K` a query is the mean over K draws of the defence's noise, so K passes of the model. Both the old and the new
+    picture are asked anew, under the same draws: each comparison costs two queries then, 2 K passes, and no lucky draw is ever
+    carried along.
     """
 
     options = SquareOptions
@@ -64,11 +66,16 @@ class Square(Attack):
     def __init__(self, settings: AttackSettings) -> None:
         super().__init__(settings)
         self._by_answers = settings.options.feedback == "answers"
-        self._asked = (1 + settings.options.probes if self._by_answers else 1) * (2 if settings.eot else 1)
-        if settings.steps < self._asked:
+        self._asked = _queries(settings)
+
+    @classmethod
+    def check(cls, settings: AttackSettings) -> None:
+        """Refuses fewer queries than the first picture costs."""
+        if settings.steps < (least := _queries(settings)):
+            passes = f", each the mean of {settings.eot} passes" if settings.eot else ""
             raise ConfigError(
-                f"attack steps is {settings.steps} queries, and judging one picture costs {self._asked}; expected more steps"
-                " or fewer probes"
+                f"attack steps is {settings.steps} queries{passes}, and judging one picture costs {least}; expected more "
+                "steps or fewer probes"
             )
 
     def objective(self, threat: Threat) -> Objective:
@@ -155,9 +162,9 @@ class _Canvas:
         return self._project(self._clean + self._settings.eps * change / norms(change), self._clean)
 
     def next(self, best: torch.Tensor, number: int) -> torch.Tensor:
-        """The best pictures with one more square each."""
+        """The best pictures with square `number` (from 1: the first query has none) each."""
         chance, linf = self._chance[:, number], self._settings.norm == "linf"
-        size = side(number, self._total, self._settings.options.p_init, best.shape, odd=not linf)
+        size = side(number - 1, self._total, self._settings.options.p_init, best.shape, odd=not linf)
         window = Window.at(chance[:, :2], size, best.shape)
         signs = _signs(chance[:, 5:])[..., None, None]
         if linf:
@@ -178,6 +185,12 @@ class _Canvas:
 
         same = (content(signs) - window.read(best)).abs().amax((1, 2, 3), keepdim=True) < 1e-6
         return window.painted(best, content(torch.where(same, -signs, signs)))
+
+
+def _queries(settings: AttackSettings) -> int:
+    """What judging one picture costs; under EOT the one it is compared with, too."""
+    copies = 1 + settings.options.probes if settings.options.feedback == "answers" else 1
+    return copies * (2 if settings.eot else 1)
 
 
 def _signs(chance: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ Everything is batched over rows; each row's chance is a column of uniform number
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left
 from typing import NamedTuple
 
 import torch
@@ -13,16 +13,16 @@ import torch
 from lmms_smoothguard.attacks.pictures import norms
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-"""Section 3.2: where the share of changed pixels is halved, in ten-thousandths of all queries."""
+"""Section 3.2: after which of the squares, in ten-thousandths of all queries, the share of changed pixels is halved."""
 
 
 def side(number: int, total: int, share: float, shape: torch.Size, *, odd: bool = False) -> int:
-    """The side, in pixels, of square `number` of `total`; `share` of the picture (..., height, width) at first.
+    """The side, in pixels, of square `number` (from 0) of `total`; `share` of the picture (..., height, width) at first.
 
     odd: as L2 squares are, which have a middle; 3 at least.
     """
     height, width = shape[-2:]
-    halvings = bisect_right(_HALVINGS, number * 10_000 // total)
+    halvings = bisect_left(_HALVINGS, number * 10_000 // total)
     found = round((share * 0.5**halvings * height * width) ** 0.5)
     if odd:
         found = max(found, 3) | 1
@@ -99,7 +99,7 @@ def moved(change: torch.Tensor, eps: float, new: Window, old: Window, pattern: t
     outside = new.painted(old.painted(change, 0.0), 0.0)
     taken = (change**2 - outside**2).sum((2, 3), keepdim=True).clamp(min=0)
     here = new.read(change)
-    content = pattern + here / _lengths(here)
+    content = pattern / _lengths(pattern) + here / _lengths(here)
     content = content / _lengths(content) * (taken + unused).sqrt()
     return new.painted(old.painted(change, 0.0), content)
 

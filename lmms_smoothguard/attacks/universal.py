@@ -64,6 +64,11 @@ class Universal(Attack):
             raise ConfigError(
                 f"attack target is {settings.target!r}; attack=universal forces the responses of its corpus. Expected a corpus"
             )
+        if settings.loss != AttackSettings.loss:
+            raise ConfigError(
+                f"attack loss is {settings.loss!r}; attack=universal always lowers the cross-entropy of its corpus' responses. "
+                "Expected no loss"
+            )
         if settings.restarts != 1:
             raise ConfigError(
                 f"attack restarts is {settings.restarts!r}; attack=universal makes one, expected 1 or other seeds"
