@@ -38,6 +38,8 @@ from timing.paired import ratio, run_paired
 
 ROOT = Path(__file__).parent.parent
 PEERS = ("adversarial-robustness-toolbox", "torchattacks")
+PLACES = ("lmms_smoothguard/attacks", "lmms_smoothguard/inputs", "lmms_smoothguard/tiny", "benchmarks/peers")
+"""Code that attacked pictures hang on."""
 _BARE = 10
 """Forward and backward passes in one measurement of the bare model."""
 
@@ -102,7 +104,7 @@ def _fooled(asked: Sequence[Question], right: Sequence[bool]) -> dict[str, bool]
 def _still_right(subject: Subject, case: Case, side: str, asked: Sequence[Question]) -> list[bool]:
     """Whether each question is still answered rightly after the attack."""
     versions = [importlib.metadata.version(name) for name in (*PEERS, "torch", "transformers")]
-    code = [path.read_bytes() for place in ("lmms_smoothguard", "benchmarks/peers") for path in _sources(place)]
+    code = [path.read_bytes() for place in PLACES for path in _sources(place)]
     data = hashlib.sha256(QUESTIONS.read_bytes()).hexdigest()
     plan = json.dumps([dataclasses.asdict(case), side, len(asked), versions, model_fingerprint(subject.model), data])
     key = hashlib.sha256(b"\0".join([plan.encode(), *code])).hexdigest()[:24]

@@ -12,11 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from findings import findings
 from lmms_smoothguard.evaluation.records import Record, read_record
 from lmms_smoothguard.report.demo import DEMO, EXPERIMENTS
 from lmms_smoothguard.report.documents import base_task
 from lmms_smoothguard.report.experiments import CLEAN
 from lmms_smoothguard.report.tables import attacks_table, markdown_table
+from lmms_smoothguard.sweeps.presets import README as SWEEPS
 from lmms_smoothguard.sweeps.records import PointRecord, read_sweep
 from lmms_smoothguard.sweeps.tables import votes_table
 from peers.table import markdown as parity
@@ -71,6 +73,10 @@ def filled(text: str) -> str:
     text = _with_block(text, "attacks", _attacks())
     if all(_exists(f"sweep_{name}{form}") for name in SWEPT for form in ("", "_eot")):
         text = _with_block(text, "votes", _votes())
+    runs = {name: record(name) for names in ATTACKS for name in names if name is not None and _exists(name)}
+    sweeps = {part.name: read_sweep(RESULTS / f"{part.name}.json") for part in SWEEPS if _exists(part.name)}
+    if "smoothguard_universal_free_eot" in runs and len(sweeps) == len(SWEEPS):
+        text = _with_block(text, "findings", findings(sweeps, runs))
     text = _with_block(text, "clusters", _clusters([record(e.name) for e in EXPERIMENTS if _exists(e.name)]))
     text = _with_block(text, "precision", _precision(stored("precision")["flips"]))
     if _exists("parity"):

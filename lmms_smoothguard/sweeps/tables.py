@@ -118,6 +118,20 @@ def poisoned_table(records: Sequence[SweepRecord]) -> str:
     return markdown(["defence", "attack", *(f"{_span(within)} wrong" for within in bins)], rows)
 
 
+def poisoned_split(record: SweepRecord) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(wrong votes, samples) with fewer than half of the noisy copies wrong, and with more; of all defences and attacks."""
+    counts = [[0, 0], [0, 0]]
+    for point in (p for p in record.points if p.main and p.defense is not None):
+        for task in (task for task, stored in record.tasks.items() if stored.attack is not None):
+            for k in range(_noisy(point) + 1):
+                if (figure := point.figures.get(task, {}).get(f"wrong[{k}]")) is not None:
+                    side = counts[2 * k >= _noisy(point)]
+                    side[0] += figure.hits or 0
+                    side[1] += figure.count
+    (low, n), (high, m) = counts
+    return (low, n), (high, m)
+
+
 def _noisy(point: PointRecord) -> int:
     defense = point.defense or {}
     return int(defense["num_samples"]) - bool(defense["include_clean"])
