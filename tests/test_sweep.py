@@ -293,6 +293,17 @@ def test_the_table_of_poisoned_copies_pools_without_loss(swept):
             assert told == point.figures[task]["asr"].count
 
 
+def test_the_split_at_half_of_the_noisy_copies(swept):
+    record, _ = swept
+    point = next(p for p in record.points if p.main and p.defense is not None and p.defense["num_samples"] == 3)
+    figures = {"wrong[0]": Rate(1, 7).figure(), "wrong[1]": Rate(2, 5).figure(), "wrong[2]": Rate(3, 4).figure()}
+    for clean, expected in ((True, ((1, 7), (5, 9))), (False, ((3, 12), (3, 4)))):  # 1 of 2 is half, 1 of 3 is less
+        one = dataclasses.replace(
+            point, figures={"pgd 4/255": figures}, defense=point.defense | {"include_clean": clean}
+        )
+        assert tables.poisoned_split(dataclasses.replace(record, points=[one])) == expected
+
+
 @pytest.mark.parametrize("copies", [1, 2, 3, 4, 5, 9, 10, 31])
 def test_bins_of_poisoned_copies_have_every_number_once_and_part_at_the_majority(copies):
     spans = tables._quarters(copies)
