@@ -23,7 +23,7 @@ from lmms_smoothguard.cli import app
 from lmms_smoothguard.errors import ConfigError, SmoothGuardError
 from lmms_smoothguard.evaluation.questions import load_questions
 from lmms_smoothguard.evaluation.rates import Rate
-from lmms_smoothguard.evaluation.records import ModelRecord
+from lmms_smoothguard.evaluation.records import ModelRecord, write_with_samples
 from lmms_smoothguard.evaluation.samples import SampleRecord
 from lmms_smoothguard.subject import Subject
 from lmms_smoothguard.sweeps import grid as grids
@@ -34,7 +34,7 @@ from lmms_smoothguard.sweeps.figures import by_poisoned_copies, differences, rat
 from lmms_smoothguard.sweeps.grid import Grid, conditions
 from lmms_smoothguard.sweeps.plots import Trade, pareto_figure, save, sigma_figure, trades, undominated
 from lmms_smoothguard.sweeps.presets import PRESETS, README, parts_of, run_preset
-from lmms_smoothguard.sweeps.records import read_sweep, read_sweep_samples, write_sweep
+from lmms_smoothguard.sweeps.records import read_sweep, read_sweep_samples
 from lmms_smoothguard.sweeps.replay import Replay
 from lmms_smoothguard.sweeps.session import sweep
 from lmms_smoothguard.sweeps.tables import poisoned_table
@@ -129,6 +129,7 @@ def test_what_changes_an_answer_has_a_key_of_its_own(tiny, arguments, tmp_path):
     asking.noisy({**arguments, "pixel_values": arguments["pixel_values"] + 1e-3}, NOISE, 1)
     assert asking.answered == 6
     weight = tiny.model.get_output_embeddings().weight
+    before = weight[0, 0].item()
     with torch.no_grad():
         weight[0, 0] += 1
     try:
@@ -136,7 +137,7 @@ def test_what_changes_an_answer_has_a_key_of_its_own(tiny, arguments, tmp_path):
         other.noisy(arguments, NOISE, 1)
     finally:
         with torch.no_grad():
-            weight[0, 0] -= 1
+            weight[0, 0] = before
     assert other.answered == 1
 
 
@@ -379,7 +380,7 @@ def swept(tiny, tmp_path_factory):
 
 def test_a_sweep_can_be_read_back_and_each_point_is_a_record(swept, tmp_path):
     record, samples = swept
-    path = write_sweep(tmp_path, record, samples)
+    path = write_with_samples(tmp_path, record, samples)
     again = read_sweep(path)
     assert dataclasses.replace(again, samples=None) == record
     assert read_sweep_samples(path, again) == samples
@@ -529,7 +530,7 @@ def test_a_trial_s_file_is_not_taken_for_a_result(swept, tmp_path, monkeypatch):
     for limit, expected in ((3, []), (4, ["one"])):
         part = dataclasses.replace(README[0], name="one", limit=limit)
         monkeypatch.setitem(PRESETS, "readme", (part,))
-        write_sweep(tmp_path, *swept_again(name="one"))
+        write_with_samples(tmp_path, *swept_again(name="one"))
         asked.clear()
         run_preset("readme", tmp_path / "cache", tmp_path)
         assert asked == expected
@@ -547,7 +548,7 @@ def test_empty_data_is_refused(tmp_path):
 ])  # fmt: skip
 def test_a_sweep_of_something_else_is_not_replaced(swept, tmp_path, change, named):
     record, samples = swept
-    path = write_sweep(tmp_path, dataclasses.replace(record, **change), samples)
+    path = write_with_samples(tmp_path, dataclasses.replace(record, **change), samples)
     before, data = path.read_bytes(), POPE if change else CAPTION
     done = CliRunner().invoke(app, ["sweep", "tiny-llava", data, "--limit", "3", "--out", str(tmp_path)])
     assert isinstance(done.exception, SmoothGuardError) and "is a sweep with" in str(done.exception)

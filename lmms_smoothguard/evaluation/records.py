@@ -22,11 +22,8 @@ written and when read. The file is strict JSON: what is undefined is null.
 
 from __future__ import annotations
 
-import functools
-import json
-import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -40,8 +37,8 @@ from lmms_smoothguard.evaluation.samples import (
     read_samples,
     write_samples,
 )
-
-_CONFIG: dict[str, Any] = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
+from lmms_smoothguard.evaluation.schema import STRICT, parsed, written
+from lmms_smoothguard.files import replace_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +46,7 @@ class ModelRecord:
     """name: the id on a hub, or the last part of a directory's path; fingerprint: of the weights, as attacks make it
     (`fingerprint.model_fingerprint`), None where it was not taken."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _CONFIG
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     name: str
     fingerprint: str | None = None
 
@@ -59,7 +56,7 @@ class DataRecord:
     """source: a hub's data set, a file within the package, or the name of a folder of pictures; revision: its commit;
     sha256: of a single file; split; count: the samples that were asked."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _CONFIG
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     source: str
     count: int
     revision: str | None = None
@@ -73,7 +70,7 @@ class AttackRecord:
     "scores" (losses or probabilities of an answer), "answers" alone, or nothing ("transfer" from another model). And of the
     defence: `adaptive`, whether the attack was crafted through it (EOT); an attacker never knows an evaluation seed."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _CONFIG
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     settings: dict[str, Any]
     access: Literal["gradients", "scores", "answers", "transfer"]
     adaptive: bool
@@ -83,7 +80,7 @@ class AttackRecord:
 class TaskRecord:
     """One task of a run: its data, its attack (None: clean), its figures by name."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _CONFIG
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     data: DataRecord
     attack: AttackRecord | None = None
     figures: dict[str, Figure] = field(default_factory=dict)
@@ -93,7 +90,7 @@ class TaskRecord:
 class SamplesFile:
     """file: the table's path from the record's directory; sha256: of that file; count: its rows."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _CONFIG
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     file: str
     sha256: str
     count: int
@@ -108,7 +105,7 @@ class Record:
     versions: of packages; environment: processor, cores, Python. samples: filled in by `write_run`.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _CONFIG
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     name: str
     about: str
     command: str
@@ -147,17 +144,24 @@ def write_run(directory: Path, record: Record, samples: Sequence[SampleRecord]) 
 
     Raises SmoothGuardError for a record or samples that could not be read back, or do not belong together.
     """
-    target = directory / f"{record.name}.json"
-    _check(record, samples, str(target))
-    file = f"samples/{record.name}.parquet"
-    _text(
-        replace(record, samples=SamplesFile(file=file, sha256="", count=0)), str(target)
-    )  # refused before any is written
-    digest = write_samples(directory / file, samples)
-    text = _text(replace(record, samples=SamplesFile(file=file, sha256=digest, count=len(samples))), str(target))
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, target)
+    _check(record, samples, str(directory / f"{record.name}.json"))
+    return write_with_samples(directory, record, samples)
+
+
+def write_with_samples(directory: Path, record: Any, samples: Sequence[SampleRecord]) -> Path:
+    """Writes `<name>.json` of a `Record`, or another dataclass with `name`, `samples` and `to_dict`, and its samples' table; the
+    record last, each in one go. Raises SmoothGuardError for what could not be read back, and where nothing can be written."""
+    kind, target, file = type(record), directory / f"{record.name}.json", f"samples/{record.name}.parquet"
+    trial = replace(record, samples=SamplesFile(file=file, sha256="", count=0))
+    written(kind, trial.to_dict(), str(target))  # refused before any is written
+    try:
+        digest = write_samples(directory / file, samples)
+        whole = replace(record, samples=SamplesFile(file=file, sha256=digest, count=len(samples)))
+        replace_file(target, written(kind, whole.to_dict(), str(target)).encode())
+    except OSError as error:
+        raise SmoothGuardError(
+            f"{target} cannot be written: {error.strerror}; expected a directory to write to"
+        ) from error
     return target
 
 
@@ -169,7 +173,7 @@ def read_record(path: Path) -> Record:
     """
     if not path.is_file():
         raise SmoothGuardError(f"no record at {path}; expected a result file of this package")
-    record = _parse(path.read_text(encoding="utf-8"), str(path))
+    record = parsed(Record, path.read_text(encoding="utf-8"), str(path))
     if record.name != path.stem:
         raise SmoothGuardError(f"{path} is the record of {record.name!r}; expected it in {record.name}.json")
     return record
@@ -211,50 +215,3 @@ def _check(record: Record, samples: Sequence[SampleRecord], where: str) -> None:
             raise SmoothGuardError(
                 f"{where}: tasks.{task}.data.count is {stored.data.count}, but there are {counts[task]} samples of it"
             )
-
-
-def _text(record: Record, where: str) -> str:
-    try:
-        text = json.dumps(record.to_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    except (TypeError, ValueError) as error:
-        raise SmoothGuardError(f"{where} is no strict JSON: {error}; expected null for what is undefined") from error
-    _parse(text, where)
-    return text
-
-
-def _parse(text: str, where: str) -> Record:
-    try:
-        stored = json.loads(text, parse_constant=_refuse_constant)
-    except ValueError as error:
-        raise SmoothGuardError(f"{where} is no strict JSON: {error}") from error
-    version = stored.get("schema_version") if isinstance(stored, Mapping) else None
-    if version != SCHEMA_VERSION or isinstance(version, bool):
-        raise SmoothGuardError(
-            f"{where} has schema_version {version!r}; this package reads {SCHEMA_VERSION}. Make the result again with it, or "
-            "read it with the version of lmms-smoothguard that wrote it"
-        )
-    adapter, refused = _adapter()
-    try:
-        record: Record = adapter.validate_json(text)
-    except refused as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the whole"
-        found = "" if first["type"] == "missing" else f" (found {first['input']!r:.80})"
-        raise SmoothGuardError(f"{where}: {place}: {first['msg']}{found}") from error
-    return record
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is none of JSON's values; expected null")
-
-
-@functools.cache
-def _adapter() -> tuple[Any, Any]:
-    """What reads and checks a record, and the error it raises."""
-    try:
-        from pydantic import TypeAdapter, ValidationError
-    except ImportError as error:
-        raise SmoothGuardError(
-            "records need pydantic, which is not installed; pip install 'lmms-smoothguard[report]'"
-        ) from error
-    return TypeAdapter(Record), ValidationError

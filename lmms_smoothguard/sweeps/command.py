@@ -144,10 +144,10 @@ def _run(
     device: str | None,
     dtype: str,
 ) -> None:
+    from lmms_smoothguard.evaluation.records import write_with_samples
     from lmms_smoothguard.subject import Subject
     from lmms_smoothguard.sweeps import session
     from lmms_smoothguard.sweeps.plots import draw_all
-    from lmms_smoothguard.sweeps.records import write_sweep
     from lmms_smoothguard.sweeps.tables import describe
 
     subject = Subject(model, device, dtype)
@@ -162,7 +162,7 @@ def _run(
         command=_command(session.plain_name(model), session.plain_name(questions.source), asked),
         **options,
     )
-    path = write_sweep(out, record, samples)
+    path = write_with_samples(out, record, samples)
     typer.echo(describe(record))
     for file in [path, *draw_all([record], samples, out)]:
         typer.echo(file)

@@ -86,9 +86,9 @@ def run_preset(
 
     limit: questions of each part, for a trial; such files are no results and go beside no others (`results` must have none).
     """
+    from lmms_smoothguard.evaluation.records import write_with_samples
     from lmms_smoothguard.harness.questions import find_questions
     from lmms_smoothguard.subject import EMBEDDED, Subject
-    from lmms_smoothguard.sweeps.records import write_sweep
     from lmms_smoothguard.sweeps.session import sweep
 
     asked = parts_of(preset, only)
@@ -117,7 +117,7 @@ def run_preset(
             command=f"smoothguard sweep --preset {preset} --only {part.name}",
             batch_size=128,
         )
-        made.append(write_sweep(results, record, samples))
+        made.append(write_with_samples(results, record, samples))
         log.warning("%s: %d questions in %.0f s", part.name, len(questions), time.perf_counter() - started)
     return made
 

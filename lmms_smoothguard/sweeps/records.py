@@ -7,9 +7,8 @@ in one parquet table beside it: all other points can be voted again from those.
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,11 +16,10 @@ from typing import Any, ClassVar
 from lmms_smoothguard.errors import SmoothGuardError
 from lmms_smoothguard.evaluation.figures import Figure
 from lmms_smoothguard.evaluation.records import ModelRecord, Record, SamplesFile, TaskRecord
-from lmms_smoothguard.evaluation.samples import SCHEMA_VERSION, SampleRecord, read_samples, write_samples
-from lmms_smoothguard.files import replace_file
+from lmms_smoothguard.evaluation.samples import SCHEMA_VERSION, SampleRecord, read_samples
+from lmms_smoothguard.evaluation.schema import STRICT, parsed
 
 KIND = "sweep"
-_CONFIG: dict[str, Any] = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +30,7 @@ class PointRecord:
     whether its samples are in the table.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _CONFIG
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     name: str
     defense: dict[str, Any] | None
     figures: dict[str, dict[str, Figure]]
@@ -44,7 +42,7 @@ class PointRecord:
 class SweepRecord:
     """One sweep. tasks: data and attack of each, without figures; seeds: as in `Record`, the defence's as a list."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _CONFIG
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     name: str
     about: str
     command: str
@@ -90,26 +88,6 @@ class SweepRecord:
         return point.figures.get(task, {}).get(name)
 
 
-def write_sweep(directory: Path, record: SweepRecord, samples: Sequence[SampleRecord]) -> Path:
-    """Writes `directory/<name>.json` and `directory/samples/<name>.parquet`, the record last, each in one go.
-
-    Raises SmoothGuardError for what could not be read back, and where nothing can be written.
-    """
-    target, file = directory / f"{record.name}.json", f"samples/{record.name}.parquet"
-    _text(
-        replace(record, samples=SamplesFile(file=file, sha256="", count=0)), str(target)
-    )  # refused before any is written
-    try:
-        digest = write_samples(directory / file, samples)
-        text = _text(replace(record, samples=SamplesFile(file=file, sha256=digest, count=len(samples))), str(target))
-        replace_file(target, text.encode())
-    except OSError as error:
-        raise SmoothGuardError(
-            f"{target} cannot be written: {error.strerror}; expected a directory to write to"
-        ) from error
-    return target
-
-
 def read_sweep(path: Path) -> SweepRecord:
     """A sweep's record. Raises SmoothGuardError for a file that is missing, another kind's, or not as this package writes it."""
     try:
@@ -121,7 +99,7 @@ def read_sweep(path: Path) -> SweepRecord:
         raise SmoothGuardError(f"{path} is no sweep's result file: {error}") from error
     if kind != KIND:
         raise SmoothGuardError(f"{path} is of kind {kind!r}; expected {KIND!r}")
-    return _parse(text, str(path))
+    return parsed(SweepRecord, text, str(path))
 
 
 def read_sweep_samples(path: Path, record: SweepRecord) -> list[SampleRecord]:
@@ -136,40 +114,3 @@ def points_of(record: SweepRecord, **fields: Any) -> Iterator[PointRecord]:
     for point in record.points:
         if point.defense is not None and all(point.defense.get(name) == value for name, value in fields.items()):
             yield point
-
-
-def _text(record: SweepRecord, where: str) -> str:
-    try:
-        text = json.dumps(record.to_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    except (TypeError, ValueError) as error:
-        raise SmoothGuardError(f"{where} is no strict JSON: {error}; expected null for what is undefined") from error
-    _parse(text, where)
-    return text
-
-
-def _parse(text: str, where: str) -> SweepRecord:
-    version = json.loads(text).get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise SmoothGuardError(
-            f"{where} has schema_version {version!r}; this package reads {SCHEMA_VERSION}. Make the result again with it"
-        )
-    adapter, refused = _adapter()
-    try:
-        record: SweepRecord = adapter.validate_json(text)
-    except refused as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the whole"
-        raise SmoothGuardError(f"{where}: {place}: {first['msg']}") from error
-    return record
-
-
-@functools.cache
-def _adapter() -> tuple[Any, Any]:
-    """What reads and checks a record, and the error it raises."""
-    try:
-        from pydantic import TypeAdapter, ValidationError
-    except ImportError as error:
-        raise SmoothGuardError(
-            "records need pydantic, which is not installed; pip install 'lmms-smoothguard[report]'"
-        ) from error
-    return TypeAdapter(SweepRecord), ValidationError
