@@ -45,7 +45,7 @@ _BARE = 10
 
 
 def main(
-    questions: Annotated[int, typer.Option(help="how many, from the first")] = 240,
+    questions: Annotated[int, typer.Option(help="how many, from the first")] = 200,
     steps: Annotated[int, typer.Option(help="of every attack")] = 40,
     rounds: Annotated[int, typer.Option(help="of the timing")] = 8,
     batch_size: Annotated[int, typer.Option(help="of the attacks; timing takes one batch of half of it")] = 32,
