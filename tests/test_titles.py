@@ -48,14 +48,14 @@ def test_options_are_shown_where_they_are_not_the_attacks_own_defaults(monkeypat
     stored = {"name": "other", "norm": "linf", "eps": 1.0, "steps": 5, "eot": 0, "feedback": "scores", "size": 0.1}
     here = plugins.load
     monkeypatch.setattr(plugins, "load", lambda kind, name: Other if name == "other" else here(kind, name))
-    assert attack_title(stored) == "OTHER-5, 255/255, size=0.1"
+    assert attack_title(stored) == "Other-5, any colour, size=0.1"
     other = stored | {"size": 0.05, "feedback": "answers", "corpus": "/home/me/corpus.parquet"}
-    assert attack_title(other) == "OTHER-5, 255/255, feedback=answers, corpus=corpus.parquet"
+    assert attack_title(other) == "Other-5, any colour, feedback=answers, corpus=corpus.parquet"
     assert attack_access(stored) == "scores"
     assert attack_access(other) == "answers"
     assert attack_access({"name": "pgd"}) == "gradients"
     monkeypatch.undo()
-    assert attack_title(stored) == "OTHER-5, 255/255, feedback=scores, size=0.1"  # not installed: everything
+    assert attack_title(stored) == "Other-5, any colour, feedback=scores, size=0.1"  # not installed: everything
 
 
 def test_settings_of_an_older_version_have_a_title():

@@ -17,17 +17,18 @@ _USUAL = {"loss": "margin", "restarts": 1, "step_size": None, "random_start": Tr
 
 
 def attack_title(settings: Mapping[str, Any]) -> str:
-    """`PGD-40, 4/255` of flat settings (`AttackSettings.to_dict()`); `L2 0.5` for a budget in L2.
+    """`PGD-40, 4/255` of flat settings (`AttackSettings.to_dict()`); `L2 0.5` for a budget in L2, `any colour` for all of [0, 1].
 
     Then whatever is not as usual: EOT's draws, a target, restarts, a loss other than the margin, and options other than the
     attack's own defaults (`feedback=answers`); all of them where the attack is not installed here.
     """
     eps = settings["eps"]
     budget = f"{eps * 255:g}/255" if settings["norm"] == "linf" else f"{settings['norm'].upper()} {eps:g}"
-    parts = [f"{settings['name'].upper()}-{settings['steps']}"]
+    name = settings["name"].upper() if "pgd" in settings["name"] else settings["name"].capitalize()
+    parts = [f"{name}-{settings['steps']}"]
     if settings.get("eot"):
         parts.append(f"EOT {settings['eot']}")
-    parts.append(budget)
+    parts.append("any colour" if budget == "255/255" else budget)
     if settings.get("target") is not None:
         parts.append("targeted")
     usual = {**_defaults(settings["name"]), **_USUAL}
