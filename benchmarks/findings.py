@@ -44,8 +44,8 @@ def _gathered(runs: Runs) -> str:
     _hold(spread.high < guarded.low and spread_through.high < through.low, "an L2 ball is harder than the L-inf ball")
     side = 3 * 64 * 64
     return (
-        f"**Changes that gather in one place survive the noise.** An L2 ball of radius 1.5 lies inside the reach of 4/255 in L-inf (the corners of "
-        f"which are {4 / 255 * side**0.5:.2f} away), yet ASR is {_rate(guarded)} against {_rate(spread)}, and {_rate(through)} against "
+        f"**Changes that gather in one place survive the noise.** An L2 budget of 1.5 is less than 4/255 everywhere amounts to "
+        f"({4 / 255 * side**0.5:.2f}), yet ASR is {_rate(guarded)} against {_rate(spread)}, and {_rate(through)} against "
         f"{_rate(spread_through)} adaptive. A patch of 5 % of the picture: {_rate(patch)}, adaptive {_rate(patch_through)}."
     )
 

@@ -104,7 +104,7 @@ def test_a_row_is_called_by_its_questions_whatever_the_attack(task, attack, note
     right = rate([True, False]).figure()
     (row,) = table_rows([record("x", {task: (True, figures(accuracy=right, asr=right))}, attack)])
     assert row[0] == note
-    assert row[1].startswith(f"{attack.upper()}-40, 4/255")
+    assert row[1].lower().startswith(f"{attack}-40, 4/255")
 
 
 def test_an_adaptive_twin_is_compared_with_the_plain_run_of_its_questions():
