@@ -102,7 +102,7 @@ def report(
 def results(
     out: Annotated[Path, typer.Option(help="Directory for the runs' logs.")] = Path("runs/results"),
     to: Annotated[Path, typer.Option(help="Directory of the result files.")] = Path("benchmarks/results"),
-    only: Annotated[list[str] | None, typer.Option(help="Run this experiment again, by name; may be repeated.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Run this experiment alone, anew; may be repeated.")] = None,
 ) -> None:
     """Make every result file that is missing: the published default, other budgets, ablations, adaptive attacks."""
     from lmms_smoothguard.report.demo import run_results

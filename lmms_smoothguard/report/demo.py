@@ -92,7 +92,8 @@ def run_report(directory: Path) -> Path:
 
 
 def run_results(out: Path, results: Path, only: Sequence[str] = ()) -> None:
-    """Runs every experiment that has no result file yet and writes its record and samples to `results`."""
+    """Runs every experiment that has no result file yet, or those in `only` whether or not they have one, and writes records and
+    samples to `results`."""
     results.mkdir(parents=True, exist_ok=True)
     known = {experiment.name for experiment in EXPERIMENTS}
     unknown = set(only) - known
@@ -100,10 +101,9 @@ def run_results(out: Path, results: Path, only: Sequence[str] = ()) -> None:
         raise SmoothGuardError(f"unknown experiment {sorted(unknown)[0]!r}; known: {', '.join(sorted(known))}")
     for experiment in EXPERIMENTS:
         target = results / f"{experiment.name}.json"
-        if target.exists() and experiment.name not in only:
-            continue
-        write_run(results, *_run(experiment, out))
-    print_table([read_record(results / f"{e.name}.json") for e in EXPERIMENTS])
+        if experiment.name in only or (not only and not target.exists()):
+            write_run(results, *_run(experiment, out))
+    print_table([read_record(path) for e in EXPERIMENTS if (path := results / f"{e.name}.json").exists()])
 
 
 def _run(experiment: Experiment, out: Path) -> Run:

@@ -41,6 +41,6 @@ STRONGER = (
     _adaptive("l2", "shapes_pope_pgd_l2", 60),
     _adaptive("patch", "shapes_pope_patch", 60),
     _adaptive("feature", "shapes_pope_feature", 60),
-    _adaptive("universal", "shapes_safety_universal", 104, {"attack_steps": "400", "attack_batch": "4"}),
+    _adaptive("universal", "shapes_safety_universal", 104, {"attack_steps": "1000", "attack_batch": "4"}),
     _adaptive("universal_free", "shapes_safety_universal", 104, _ANY_COLOUR | {"attack_steps": "150", "attack_batch": "4"}),
 )  # fmt: skip
