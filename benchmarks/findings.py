@@ -17,6 +17,7 @@ def findings(sweeps: Sweeps, runs: Runs) -> str:
     """A list in Markdown. Raises ValueError where a result says something else than its sentence."""
     parts = [
         _budgets(sweeps),
+        _gathered(runs),
         _universal(runs),
         _poisoned(sweeps),
         _questions(sweeps),
