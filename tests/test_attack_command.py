@@ -268,6 +268,8 @@ def test_targets_one_for_all_or_each_its_own(tmp_path, images, scenes):
     assert [row["target"] for row in every + each + none] == ["No", "No", "Yes", "No", None]
     assert [row["adversarial_answer"] for row in every + each] == ["No", "No", "Yes", "No"]
     assert [row["success"] for row in every + each] == [True, True, True, None]  # the last said so when clean
+    said = json.loads((tmp_path / "each" / "summary.json").read_text())["rates"]["target"]
+    assert (said["asr"]["count"], said["target_said"]["count"], said["target_said"]["hits"]) == (2, 3, 3)
     data.write_text(json.dumps(listed[0] | {"target": None}) + "\n")
     with pytest.raises(ConfigError, match="no target for 0"):
         attack(tmp_path / "x", "--targeted", data=data, limit=None)

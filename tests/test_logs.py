@@ -46,6 +46,27 @@ def write(directory, rows_by_task, stamp=STAMP, model="a__model", arguments="def
     return results
 
 
+@pytest.mark.parametrize(
+    ("config", "source"),
+    [
+        ({"dataset_path": "org/pope", "dataset_name": "Full", "test_split": "test"}, "org/pope:Full"),
+        ({"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "/a/mm_safety/scenarios.jsonl"}}, "test_split": "test"}, "made"),
+    ],
+)  # fmt: skip
+def test_data_without_a_commit_is_told_by_what_was_asked(tmp_path, monkeypatch, config, source):
+    """Neither a hub's id nor MM-SafetyBench's list of scenarios says which questions there were."""
+    monkeypatch.setitem(CONFIGS, "made", config)
+    listed = [[row(0), row(1)], [row(1), row(0)], [row(0), row(1, input="another?")], [row(0), row(1, target="no")]]
+    told = []
+    for number, rows in enumerate(listed):
+        write(tmp_path / str(number), {"made": rows})
+        told.append(run_of(tmp_path / str(number), "made").record.tasks["made"].data)
+    assert {data.source for data in told} == {source}
+    assert told[0].revision == told[1].revision
+    assert len({data.revision for data in told}) == 3
+    assert {data.sha256 for data in told} == {None}
+
+
 def run_of(directory, *tasks):
     return run_of_logs(directory, tasks, name="r", about="", command="", cache=directory / "cache")
 

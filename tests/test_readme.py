@@ -12,7 +12,7 @@ from lmms_smoothguard.aggregation.verdict import normalize_answer
 from lmms_smoothguard.evaluation.records import read_record, read_run
 from lmms_smoothguard.evaluation.samples import sha256_of
 from lmms_smoothguard.evaluation.summaries import figures_of
-from lmms_smoothguard.report.demo import DEMO, REST
+from lmms_smoothguard.report.demo import DEMO, EXPERIMENTS
 from lmms_smoothguard.report.documents import documents
 from lmms_smoothguard.report.tables import table_rows
 
@@ -32,9 +32,10 @@ def test_the_tables_are_those_of_the_result_files():
 
 
 def test_every_result_has_its_command_count_and_interval():
-    for experiment in (*DEMO, *REST):
+    for experiment in EXPERIMENTS:
         stored = result(experiment.name)
-        assert stored.command.startswith("lmms-eval --model smoothguard_llava")
+        asked = experiment.command("$(smoothguard model tiny-llava)", f"runs/{experiment.name}")
+        assert stored.command == " ".join(asked)  # made with the settings that the experiment has now
         assert stored.environment["cores"] >= 1
         assert stored.model.name == "tiny-llava"
         for task in stored.tasks.values():
@@ -42,7 +43,7 @@ def test_every_result_has_its_command_count_and_interval():
                 if name in task.figures:
                     found = task.figures[name]
                     assert found.low <= found.value <= found.high
-                    assert found.count >= 100 or name == "f1"  # which counts no right "no"
+                    assert found.count >= 0.95 * experiment.limit or name == "f1"  # which counts no right "no"
             if task.attack is not None:
                 budget = task.attack.settings["eps"] * 255
                 assert task.figures["largest_linf_in_grey_levels"].value <= budget + 1e-3
@@ -50,7 +51,7 @@ def test_every_result_has_its_command_count_and_interval():
 
 def test_every_figure_comes_from_the_samples_beside_it():
     """Computed again from the table alone, bootstraps included."""
-    for experiment in (*DEMO, *REST):
+    for experiment in EXPERIMENTS:
         record, samples = run = read_run(RESULTS / f"{experiment.name}.json")
         clean = [sample for sample in samples if record.tasks[sample.task].attack is None]
         for name, task in record.tasks.items():
@@ -63,15 +64,16 @@ def test_every_figure_comes_from_the_samples_beside_it():
 
 def test_the_committed_samples_are_of_the_shipped_questions():
     """What a record's digest says of the data: their own questions and right answers, and no others."""
-    for experiment in (*DEMO, *REST):
+    for experiment in EXPERIMENTS:
         run = read_run(RESULTS / f"{experiment.name}.json")
         for name, task in run.record.tasks.items():
             assert task.data.sha256 == sha256_of(ROOT / task.data.source)
             asked = documents(name)
             for sample in run.of(name):
-                right = asked[sample.id]["answer" if "answer" in asked[sample.id] else "caption"]
+                right = asked[sample.id].get("answer") or asked[sample.id].get("caption")
                 assert (sample.question, sample.target) == (asked[sample.id]["question"], right)
-                assert sample.right == (normalize_answer(sample.answer) == normalize_answer(right))
+                if right is not None:  # a judge decides elsewhere
+                    assert sample.right == (normalize_answer(sample.answer) == normalize_answer(right))
 
 
 def test_the_demo_reached_what_was_fixed_beforehand():

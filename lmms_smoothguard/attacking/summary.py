@@ -62,13 +62,13 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         figures = {f"{side}asr": _success(own, side) for side in sides}
         if rule == "label":
             figures["clean_right"] = Rate(len(counted), len(own)).figure()
+        targeted = [record for record in own if record["target"] is not None]
+        for side in sides if targeted else ():
+            figures[f"{side}target_said"] = rate(record[f"{side}target_said"] for record in targeted).figure()
         if rule == "judge":
             for side in sides:
                 figures[f"{side}undecided"] = rate(_undecided(record, f"{side}verdict") for record in counted).figure()
             figures["clean_undecided"] = rate(_undecided(record, "clean_verdict") for record in own).figure()
-            targeted = [record for record in own if record["target"] is not None]
-            for side in sides if targeted else ():
-                figures[f"{side}target_said"] = rate(record[f"{side}target_said"] for record in targeted).figure()
         summary["rates"][rule] = {name: figure.to_dict() for name, figure in figures.items()}
     return summary
 

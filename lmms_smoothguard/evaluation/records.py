@@ -53,8 +53,8 @@ class ModelRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class DataRecord:
-    """source: a hub's data set, a file within the package, or the name of a folder of pictures; revision: its commit;
-    sha256: of a single file; split; count: the samples that were asked."""
+    """source: a hub's data set, a file within the package, the name of a folder of pictures; revision: its commit, or
+    where none is pinned a digest of what was asked; sha256: of a single file; split; count: the samples that were asked."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     source: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -115,7 +116,7 @@ def _task(
     twin = _clean_twin(task, results, rows) if attack is not None else None
     target = None if attack is None else attack.settings.get("target")
     return TaskRecord(
-        data=_data(task, config, len(samples)),
+        data=_data(task, config, rows[task]),
         attack=attack,
         figures=figures_of(
             rows[task], rows[twin] if twin is not None else (), target if target != _PER_SAMPLE else None
@@ -123,8 +124,10 @@ def _task(
     )
 
 
-def _data(task: str, config: Mapping[str, Any], count: int) -> DataRecord:
-    """A file of ours by its place in the package and its digest, any other file by name and digest, a hub's by its id."""
+def _data(task: str, config: Mapping[str, Any], rows: Sequence[SampleRecord]) -> DataRecord:
+    """A file of ours by its place in the package and its digest, any other file by name and digest, a hub's by its id; and what
+    was asked, where no commit is pinned and no file holds it: MM-SafetyBench is whatever copy the user has."""
+    count = len(rows)
     split = config.get("test_split") or config.get("validation_split")
     arguments = config.get("dataset_kwargs") or {}
     files = arguments.get("data_files")
@@ -135,10 +138,20 @@ def _data(task: str, config: Mapping[str, Any], count: int) -> DataRecord:
             return DataRecord(
                 source="/".join(("tasks", *path.parts[-3:])), sha256=sha256_of(ours), split=split, count=count
             )
+        if any(tasks_path().glob(f"*/{path.name}")):  # a list of ours, from which code goes on to the user's copy
+            return DataRecord(source=task, revision=_asked(rows), split=split, count=count)
         digest = sha256_of(Path(path)) if Path(path).is_file() else None
         return DataRecord(source=path.name, sha256=digest, split=split, count=count)
     source = ":".join(part for part in (config.get("dataset_path"), config.get("dataset_name")) if part)
-    return DataRecord(source=source or task, revision=arguments.get("revision"), split=split, count=count)
+    return DataRecord(
+        source=source or task, revision=arguments.get("revision") or _asked(rows), split=split, count=count
+    )
+
+
+def _asked(rows: Sequence[SampleRecord]) -> str:
+    """A digest of ids, questions and right answers, in whatever order; pictures are not in a log."""
+    told = sorted(json.dumps([row.id, row.question, row.target]) for row in rows)
+    return f"asked {hashlib.sha256(chr(10).join(told).encode()).hexdigest()[:32]}"
 
 
 def _attack(task: str, samples: Sequence[Sample]) -> AttackRecord | None:

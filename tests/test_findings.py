@@ -1,0 +1,52 @@
+"""Findings are refused where the results say something else."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from findings import findings
+from lmms_smoothguard.evaluation.records import read_record
+from lmms_smoothguard.sweeps.presets import README
+from lmms_smoothguard.sweeps.records import read_sweep
+from readme_tables import ATTACKS
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+
+
+@pytest.fixture
+def results():
+    runs = {name: read_record(RESULTS / f"{name}.json") for names in ATTACKS for name in names if name is not None}
+    return {part.name: read_sweep(RESULTS / f"{part.name}.json") for part in README}, runs
+
+
+def test_every_finding_has_its_numbers_with_intervals(results):
+    told = findings(*results).splitlines()
+    assert len(told) == 7
+    assert all(line.startswith("- **") for line in told)
+    l2 = next(task for task in results[1]["smoothguard_l2"].tasks.values() if task.attack is not None).figures["asr"]
+    assert f"{100 * l2.value:.1f} % ({100 * l2.low:.1f}-{100 * l2.high:.1f}, n = {l2.count})" in told[1]
+
+
+def test_a_result_that_says_otherwise_is_an_error(results):
+    sweeps, runs = results
+    other = {**runs, "smoothguard_l2": dataclasses.replace(runs["smoothguard"], name="smoothguard_l2")}
+    with pytest.raises(ValueError, match="an L2 ball is harder"):
+        findings(sweeps, other)
+    votes = sweeps["sweep_votes"]
+    moved = [
+        dataclasses.replace(
+            point,
+            figures={
+                task: {
+                    name: dataclasses.replace(f, value=0.1) if name == "asr - vote" else f for name, f in found.items()
+                }
+                for task, found in point.figures.items()
+            },
+        )
+        for point in votes.points
+    ]
+    with pytest.raises(ValueError, match="every aggregator answers as a vote does"):
+        findings({**sweeps, "sweep_votes": dataclasses.replace(votes, points=moved)}, runs)
