@@ -16,6 +16,8 @@ from lmms_smoothguard.attacks.craft import Crafter, Job
 from lmms_smoothguard.attacks.objective import AnswerLoss, Threat
 from lmms_smoothguard.attacks.rendering import EXACT_ENOUGH, Renderer
 from lmms_smoothguard.attacks.settings import AttackSettings
+from lmms_smoothguard.attacks.universal import base_picture
+from lmms_smoothguard.attacks.universal_crafter import Lesson, UniversalCrafter
 from lmms_smoothguard.choice import choose
 from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.errors import AttackError
@@ -174,3 +176,40 @@ def test_tiles_cut_by_the_whole_processor_alone_are_not_guessed(pictures):
     renderer = Renderer(subject.processor.image_processor, torch.device("cpu"), torch.float32)
     with pytest.raises(AttackError, match="does not reproduce"):
         renderer.check(slots(pictures[1:2]), inputs, "pixel_values")
+
+
+@pytest.fixture(scope="module", params=["llava_next", "qwen2_vl", "internvl"])
+def dynamic(request):
+    """Processors that cut a picture into tiles, or as many patches as it has room for."""
+    return Subject(request.param)
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [("apgd", {}), ("apgd", {"norm": "l2", "eps": 2}), ("patch", {"size": 0.1}), ("square", {}), ("square", {"norm": "l2", "eps": 2})],
+)  # fmt: skip
+def test_every_attack_goes_through_dynamic_resolution(dynamic, pictures, tmp_path, name, own):
+    """The objective at the pictures that come back is larger than at the clean ones: gradients and scores are the model's."""
+    settings = AttackSettings.parse(name, {"eps": "16/255", "steps": 6, "random_start": False} | own)
+    chosen = job_pictures(dynamic, pictures)
+    job = Job(settings, chosen, dynamic.inputs(row_of(*chosen)), (5, 6))
+    entry = Crafter(dynamic.model, dynamic.processor, AttackCache(tmp_path), quiet=True).craft([job])[0]
+    assert entry.record[settings.norm] <= settings.eps + 1e-6
+    assert [image.shape[:2] for image in entry.images] == [picture.size[::-1] for picture in chosen]
+    assert max(entry.record["objective"][1:]) > entry.record["objective"][0]
+
+
+def test_one_picture_for_all_goes_through_dynamic_resolution(dynamic, tmp_path):
+    (tmp_path / "corpus.json").write_text(
+        '[{"instruction": "a", "response": "b"}, {"instruction": "c", "response": "d"}]'
+    )
+    fields = {"corpus": str(tmp_path / "corpus.json"), "steps": 8, "eps": "32/255", "size": 80, "batch": 2}
+    settings = AttackSettings.parse("universal", fields)
+    base = base_picture(settings, dynamic.processor)
+    inputs = dynamic.inputs(row_of(Image.fromarray(base)))
+    lessons = [Lesson(inputs, (5, 6)), Lesson(inputs, (7, 8))]
+    crafter = UniversalCrafter(dynamic.model, dynamic.processor, AttackCache(tmp_path / "cache"), quiet=True)
+    entry = crafter.craft_universal(settings, base, lessons)
+    assert entry.images[0].shape == (80, 80, 3)
+    assert 0 < entry.record["linf"] <= 32 / 255 + 1e-6
+    assert entry.record["loss"][-1] < entry.record["loss"][0]
