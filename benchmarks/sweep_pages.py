@@ -11,7 +11,8 @@ from pathlib import Path
 
 from lmms_smoothguard.aggregation.embedders import EmbedderContext, load_embedder
 from lmms_smoothguard.sweeps.answer_plot import answers_figure
-from lmms_smoothguard.sweeps.plots import pareto_figure, save, sigma_figure
+from lmms_smoothguard.sweeps.canvas import save
+from lmms_smoothguard.sweeps.plots import pareto_figure, sigma_figure
 from lmms_smoothguard.sweeps.presets import README, minilm
 from lmms_smoothguard.sweeps.records import SweepRecord, read_sweep, read_sweep_samples
 from lmms_smoothguard.sweeps.tables import budgets_table, poisoned_table, sigma_table, votes_table

@@ -29,10 +29,11 @@ from lmms_smoothguard.subject import Subject
 from lmms_smoothguard.sweeps import grid as grids
 from lmms_smoothguard.sweeps import tables
 from lmms_smoothguard.sweeps.answers import AnswerCache, Answerer, Noise
+from lmms_smoothguard.sweeps.canvas import save
 from lmms_smoothguard.sweeps.collect import Collector, is_right
 from lmms_smoothguard.sweeps.figures import by_poisoned_copies, differences, rates
 from lmms_smoothguard.sweeps.grid import Grid, conditions
-from lmms_smoothguard.sweeps.plots import Trade, pareto_figure, save, sigma_figure, trades, undominated
+from lmms_smoothguard.sweeps.plots import Trade, pareto_figure, sigma_figure, trades, undominated
 from lmms_smoothguard.sweeps.presets import PRESETS, README, parts_of, run_preset
 from lmms_smoothguard.sweeps.records import read_sweep, read_sweep_samples
 from lmms_smoothguard.sweeps.replay import Replay

@@ -96,7 +96,8 @@ def attack(
 
     On several processes: accelerate launch --num_processes 2 -m lmms_smoothguard attack ...
     """
-    from lmms_smoothguard.attacking.run import AttackRun, run_attack
+    from lmms_smoothguard.attacking.asked import AttackRun
+    from lmms_smoothguard.attacking.run import run_attack
     from lmms_smoothguard.attacking.summary import describe
     from lmms_smoothguard.attacks.settings import AttackSettings
     from lmms_smoothguard.choice import choose

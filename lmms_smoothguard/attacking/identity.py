@@ -14,7 +14,7 @@ from lmms_smoothguard.evaluation.questions import Questions
 from lmms_smoothguard.judges.loading import LoadedJudge
 
 if TYPE_CHECKING:
-    from lmms_smoothguard.attacking.run import AttackRun
+    from lmms_smoothguard.attacking.asked import AttackRun
     from lmms_smoothguard.subject import Subject
 
 _PACKAGES = ("lmms-smoothguard", "torch", "transformers", "torchvision", "pillow")

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lmms_smoothguard.attacking.asked import AttackRun
 from lmms_smoothguard.attacking.outcomes import Rules, Standing
-from lmms_smoothguard.attacking.run import AttackRun
 from lmms_smoothguard.attacking.store import Store
 from lmms_smoothguard.attacks.cache import AttackCache, Entry
 from lmms_smoothguard.attacks.craft import Crafter, Job

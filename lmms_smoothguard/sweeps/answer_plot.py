@@ -14,8 +14,8 @@ import numpy as np
 from lmms_smoothguard.aggregation.embedders import Embed, EmbedderContext, load_embedder
 from lmms_smoothguard.aggregation.verdict import normalize_answer
 from lmms_smoothguard.evaluation.samples import SampleRecord
+from lmms_smoothguard.sweeps.canvas import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, panels, style
 from lmms_smoothguard.sweeps.grid import CLEAN
-from lmms_smoothguard.sweeps.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, panels, style
 
 _CLUSTERS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION)
 _SHOWN, _NAMED, _LONGEST = 3, 3, 70

@@ -147,7 +147,7 @@ def _run(
     from lmms_smoothguard.evaluation.records import write_with_samples
     from lmms_smoothguard.subject import Subject
     from lmms_smoothguard.sweeps import session
-    from lmms_smoothguard.sweeps.plots import draw_all
+    from lmms_smoothguard.sweeps.drawing import draw_all
     from lmms_smoothguard.sweeps.tables import describe
 
     subject = Subject(model, device, dtype)

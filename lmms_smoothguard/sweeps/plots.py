@@ -1,22 +1,15 @@
-"""Figures of sweeps: rates against sigma, and utility against robustness and cost. SVG, the same bytes for the same figures."""
+"""Figures of sweeps: rates against sigma, and utility against robustness and cost."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from lmms_smoothguard.errors import SmoothGuardError
 from lmms_smoothguard.evaluation.figures import Figure
-from lmms_smoothguard.evaluation.samples import SampleRecord
+from lmms_smoothguard.sweeps.canvas import BLUE, GREY, VERMILLION, panels, style
 from lmms_smoothguard.sweeps.grid import CLEAN
 from lmms_smoothguard.sweeps.records import PointRecord, SweepRecord
 
-BLUE, VERMILLION, GREY, GREEN, ORANGE, SKY, PURPLE = (
-    "#0072B2", "#D55E00", "#595959", "#009E73", "#E69F00", "#56B4E9", "#CC79A7",
-)  # fmt: skip
-"""Okabe and Ito's (2008) colours, which colour-blind readers tell apart; shapes and line styles differ as well."""
 _STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
 
 
@@ -31,55 +24,6 @@ class Line(NamedTuple):
     def asked(self) -> int:
         """The samples behind it (the fewest, where sigmas differ)."""
         return min(figure.count for _, figure in self.places)
-
-
-def draw_all(records: Sequence[SweepRecord], samples: Sequence[SampleRecord], out: Path) -> list[Path]:
-    """Draws what there is to draw of these records into `out` and returns the files.
-
-    `sigma.svg` and `pareto.svg` where there are several points, `answers.svg` where copies disagree.
-    """
-    from lmms_smoothguard.sweeps.answer_plot import answers_figure
-
-    drawn = {"sigma": sigma_figure(records), "pareto": pareto_figure(records), "answers": answers_figure(samples)}
-    return [save(figure, out / f"{name}.svg") for name, figure in drawn.items() if figure is not None]
-
-
-def save(figure: Any, path: Path) -> Path:
-    """Writes a figure as SVG without dates or chance. Raises SmoothGuardError where it cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with style():
-            figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
-    except OSError as error:
-        raise SmoothGuardError(f"{path} cannot be written: {error.strerror}") from error
-    return path
-
-
-@contextlib.contextmanager
-def style() -> Iterator[None]:
-    """The look of every figure; text stays text."""
-    import matplotlib
-
-    with matplotlib.rc_context({
-        "svg.fonttype": "none", "svg.hashsalt": "smoothguard", "font.family": "sans-serif", "font.size": 9,
-        "figure.facecolor": "white", "axes.facecolor": "white", "axes.spines.top": False, "axes.spines.right": False,
-        "axes.edgecolor": "#8c8c8c", "axes.grid": True, "grid.color": "#e6e6e6", "axes.axisbelow": True,
-        "axes.titlesize": 10, "axes.titlelocation": "left", "legend.frameon": False, "lines.linewidth": 1.6,
-        "lines.markersize": 4.5,
-    }):  # fmt: skip
-        yield
-
-
-def panels(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Any, Any]:
-    """A figure and its (rows, columns) axes, drawn by no global state."""
-    try:
-        from matplotlib.figure import Figure as Canvas
-    except ImportError as error:
-        raise SmoothGuardError(
-            "figures need matplotlib, which is not installed; pip install 'lmms-smoothguard[report]'"
-        ) from error
-    figure = Canvas(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 # -- against sigma -----------------------------------------------------------------------------------------------------
