@@ -185,7 +185,8 @@ def ranks(launcher):
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes in /proc")
-@pytest.mark.parametrize("again", ["one process", pytest.param("two processes", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("again", ["one process", "two processes"])
 def test_a_killed_process_ends_the_run_and_the_next_goes_on(tmp_path, again):
     cache, limit = tmp_path / "cache", 8
     settings = {"attack_steps": 80, "attack_batch_size": 1, "defense": "none"}

@@ -22,6 +22,7 @@ from lmms_smoothguard.tiny.train import _FIRST_TRAINING_SHARD
 DATA = Path(__file__).parent.parent / "tasks" / "shapes" / "data"
 
 
+@pytest.mark.slow
 def test_held_out_figures_are_reached_and_the_card_states_them(trained):
     model, _ = trained
     figures = held_out_figures(MODEL_DIR)
