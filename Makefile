@@ -49,12 +49,12 @@ testsets: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
-	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python -c constraints.txt -e ".[$(EXTRAS)]"
+	$(BIN)/python -m uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e ".[$(EXTRAS)]"
 	touch $@
 
 $(PARITY)/.installed: pyproject.toml benchmarks/parity-constraints.txt $(INSTALLED)
 	test -x $(PARITY)/bin/python || $(BIN)/python -m venv $(PARITY)
-	$(BIN)/python -m uv pip install --quiet --python $(PARITY)/bin/python -c benchmarks/parity-constraints.txt \
+	$(BIN)/python -m uv pip install --quiet --compile-bytecode --python $(PARITY)/bin/python -c benchmarks/parity-constraints.txt \
 		-e ".[report]" adversarial-robustness-toolbox torchattacks pytest pytest-timeout
 	touch $@
 
