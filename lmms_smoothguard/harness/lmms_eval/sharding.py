@@ -7,6 +7,7 @@ processes that wait for this one.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import logging
@@ -37,7 +38,7 @@ def all_or_none() -> Iterator[None]:
 
 
 def guard_evaluator() -> None:
-    """Puts `all_or_none` around lmms-eval's `evaluate`: answering, scoring and gathering."""
+    """Puts `all_or_none` around lmms-eval's `evaluate`: answering, scoring and gathering. Takes leave when all is done."""
     from lmms_eval import evaluator
 
     evaluate = evaluator.evaluate
@@ -51,3 +52,13 @@ def guard_evaluator() -> None:
 
     setattr(guarded, _MARK, True)
     evaluator.evaluate = guarded
+    atexit.register(_take_leave)
+
+
+def _take_leave() -> None:
+    """Ends gloo's process group while Python still runs: its threads, left to the interpreter's end, may abort a process
+    whose work is done (exit status 134), and the launcher then fails the whole run. lmms-eval never ends the group."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
