@@ -258,6 +258,28 @@ def test_an_exception_stays_one_in_a_run_of_one_process(monkeypatch):
     assert left.value.code == 1
 
 
+def test_a_sharded_run_takes_leave_of_its_process_group_while_python_runs(monkeypatch):
+    """gloo's threads, left to the interpreter's end, abort a process now and then whose work is done."""
+    from lmms_eval import evaluator
+
+    last_calls = []
+    monkeypatch.setattr("atexit.register", last_calls.append)
+    monkeypatch.setattr(evaluator, "evaluate", lambda: "evaluated")
+    sharding.guard_evaluator()
+    assert not last_calls  # a run of one process has nobody to leave
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    sharding.guard_evaluator()
+    assert evaluator.evaluate() == "evaluated"
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for call in last_calls * 2:  # a group that is gone already is nothing to end
+            call()
+        assert not torch.distributed.is_initialized()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 # -- why shards can craft on their own ---------------------------------------------------------------------------------
 
 
