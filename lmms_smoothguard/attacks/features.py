@@ -43,12 +43,13 @@ def image_features(model: Any, inputs: Mapping[str, Any], rows: int) -> torch.Te
 
 
 def _arguments(model: Any) -> set[str]:
-    """What `get_image_features` takes; where it only passes keywords on, also what the inner model's takes (Pixtral's
-    image_sizes)."""
+    """What `get_image_features` takes; where it only passes keywords on, also what the inner model's takes, and Pixtral's
+    image_sizes, which transformers up to 5.17 named in `forward` alone."""
     parameters = inspect.signature(model.get_image_features).parameters
     names, inner = set(parameters), getattr(getattr(model, "model", None), "get_image_features", None)
     if inner is not None and any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
         names |= set(inspect.signature(inner).parameters)
+        names |= {"image_sizes"} & set(inspect.signature(model.forward).parameters)
     return names
 
 
