@@ -36,7 +36,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/readme_tables.py
 
-# Our attacks beside those of two libraries, in an environment of its own (torchattacks pins an old requests); half an hour on
+# Our attacks beside those of two libraries, in an environment of its own (torchattacks pins an old requests); forty minutes on
 # two cores, and the times are worth something only if the machine is left alone.
 parity: $(PARITY)/.installed $(INSTALLED)
 	$(PARITY)/bin/python -m pytest -q tests/test_parity.py

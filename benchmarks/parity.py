@@ -49,7 +49,7 @@ _BARE = 10
 def main(
     questions: Annotated[int, typer.Option(help="how many, from the first")] = 200,
     steps: Annotated[int, typer.Option(help="of every attack")] = 40,
-    rounds: Annotated[int, typer.Option(help="of the timing")] = 4,
+    rounds: Annotated[int, typer.Option(help="of the timing")] = 8,
     batch_size: Annotated[int, typer.Option(help="of the attacks; timing takes one batch of half of it")] = 32,
     seed: Annotated[int, typer.Option(help="of everybody's random starts")] = 0,
     out: Annotated[Path, typer.Option(help="the result file")] = ROOT / "benchmarks" / "results" / "parity.json",
