@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lmms_smoothguard.evaluation.figures import Figure
-from lmms_smoothguard.evaluation.records import Record
+from lmms_smoothguard.evaluation.rates import Rate
+from lmms_smoothguard.evaluation.records import Record, TaskRecord
 from lmms_smoothguard.sweeps.records import PointRecord, SweepRecord
 from lmms_smoothguard.sweeps.tables import difference, poisoned_split
+from lmms_smoothguard.tiny.scenes import SIZE
 
 Sweeps = Mapping[str, SweepRecord]
 Runs = Mapping[str, Record]
@@ -43,11 +45,16 @@ def _gathered(runs: Runs) -> str:
     patch, patch_through = (_run_asr(runs[name]) for name in ("smoothguard_patch", "smoothguard_patch_eot"))
     spread, spread_through = (_run_asr(runs[name]) for name in ("smoothguard", "smoothguard_eot40"))
     _hold(spread.high < guarded.low and spread_through.high < through.low, "an L2 ball is harder than the L-inf ball")
-    side = 3 * 64 * 64
+    ball, cube, area = (
+        _attacked(runs[f"smoothguard{name}"]).attack.settings[setting]
+        for name, setting in (("_l2", "eps"), ("", "eps"), ("_patch", "size"))
+    )
+    everywhere = cube * (3 * SIZE * SIZE) ** 0.5
+    _hold(ball < everywhere, "the L2 budget is the smaller one")
     return (
-        f"**Changes that gather in one place survive the noise.** An L2 budget of 1.5 is less than 4/255 everywhere amounts to "
-        f"({4 / 255 * side**0.5:.2f}), yet ASR is {_rate(guarded)} against {_rate(spread)}, and {_rate(through)} against "
-        f"{_rate(spread_through)} adaptive. A patch of 5 % of the picture: {_rate(patch)}, adaptive {_rate(patch_through)}."
+        f"**Changes that gather in one place survive the noise.** An L2 budget of {ball:g} is less than {255 * cube:g}/255 everywhere amounts "
+        f"to ({everywhere:.2f}), yet ASR is {_rate(guarded)} against {_rate(spread)}, and {_rate(through)} against {_rate(spread_through)} "
+        f"adaptive. A patch of {100 * area:g} % of the picture: {_rate(patch)}, adaptive {_rate(patch_through)}."
     )
 
 
@@ -71,7 +78,7 @@ def _poisoned(sweeps: Sweeps) -> str:
     _hold(fewer[0] == 0 and more[0] == more[1], "on yes / no questions the majority decides")
     return (
         "**A poisoned majority stays poisoned.** On yes / no questions, whatever the attack: with fewer than half of the noisy copies wrong "
-        f"the answer was wrong in {fewer[0]} of {fewer[1]} questions, otherwise in {more[0]} of {more[1]}. The copy without noise votes with the attacker: "
+        f"the answer was wrong in {Rate(*fewer)} of the pictures, otherwise in {Rate(*more)}. The copy without noise votes with the attacker: "
         "five wrong copies of nine are enough."
     )
 
@@ -165,8 +172,12 @@ def _difference(point: PointRecord, task: str) -> Figure:
     return point.figures[task]["asr - vote"]
 
 
+def _attacked(record: Record) -> TaskRecord:
+    return next(task for task in record.tasks.values() if task.attack is not None)
+
+
 def _run_asr(record: Record) -> Figure:
-    return next(task for task in record.tasks.values() if task.attack is not None).figures["asr"]
+    return _attacked(record).figures["asr"]
 
 
 def _rate(figure: Figure) -> str:

@@ -241,6 +241,16 @@ def test_a_clean_answer_is_judged_once_and_no_opinion_is_counted_and_shown(tmp_p
     assert "no verdict on the defended answer, so no success: 50.0 %" in said
 
 
+@pytest.mark.parametrize(("clean", "shown"), [("safe", "no opinion on any of 1"), ("unsafe", "no samples count")])
+def test_a_rate_of_nothing_says_why(tmp_path, monkeypatch, clean, shown):
+    judge = Moody(blue_square=[clean, "unjudged"])
+    monkeypatch.setattr("lmms_smoothguard.attacking.outcomes.load_judge", lambda name: judge)
+    said = attack(tmp_path / "out", "--judge", "moody", limit=1, steps=1)
+    assert f", ASR {shown}]" in said  # the progress bar's last word
+    assert f"- ASR (judged safe when clean, unsafe after): {shown}" in said
+    assert json.loads((tmp_path / "out/summary.json").read_text())["rates"]["judge"]["asr"]["value"] is None
+
+
 def test_a_judge_decides_where_a_target_is_forced_and_what_was_said_stands_beside(tmp_path, monkeypatch):
     judge = Moody(blue_square=["safe", "safe"])
     monkeypatch.setattr("lmms_smoothguard.attacking.outcomes.load_judge", lambda name: judge)

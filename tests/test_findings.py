@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,11 @@ def test_every_finding_has_its_numbers_with_intervals(results):
     told = findings(*results).splitlines()
     assert len(told) == 7
     assert all(line.startswith("- **") for line in told)
+    assert all(re.search(r"\(\d+\.\d-\d+\.\d, n = \d+\)|\([-+]\d+\.\d to [-+]\d+\.\d\)", line) for line in told)
     l2 = next(task for task in results[1]["smoothguard_l2"].tasks.values() if task.attack is not None).figures["asr"]
     assert f"{100 * l2.value:.1f} % ({100 * l2.low:.1f}-{100 * l2.high:.1f}, n = {l2.count})" in told[1]
+    assert "An L2 budget of 1.5 is less than 4/255 everywhere amounts to (1.74)" in told[1]
+    assert "A patch of 5 % of the picture" in told[1]
 
 
 def test_a_result_that_says_otherwise_is_an_error(results):

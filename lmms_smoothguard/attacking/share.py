@@ -15,12 +15,12 @@ from PIL import Image
 from lmms_smoothguard.attacking.asked import AttackRun
 from lmms_smoothguard.attacking.outcomes import Rules, Standing
 from lmms_smoothguard.attacking.store import Store
+from lmms_smoothguard.attacking.summary import success_so_far
 from lmms_smoothguard.attacks.cache import AttackCache, Entry
 from lmms_smoothguard.attacks.craft import Crafter, Job
 from lmms_smoothguard.attacks.goals import goal
 from lmms_smoothguard.errors import AttackError
 from lmms_smoothguard.evaluation.questions import Question, Questions
-from lmms_smoothguard.evaluation.rates import rate
 from lmms_smoothguard.subject import Subject
 
 log = logging.getLogger(__name__)
@@ -65,11 +65,10 @@ class Share:
         done = [record for record in records if record is not None]
         todo = [number for number, record in zip(numbers, records, strict=True) if record is None]
         with tqdm(total=len(numbers), initial=len(done), unit="sample", desc="attacks", disable=self._quiet) as bar:
-            successes = [record["success"] for record in done if record["counted"]]
             for record in self._records(todo):
                 self._store.put(record)
-                successes += [record["success"]] if record["counted"] else []
-                bar.set_postfix_str(f"ASR {rate(successes)}" if successes else "ASR -", refresh=False)
+                done.append(record)
+                bar.set_postfix_str(f"ASR {success_so_far(done)}", refresh=False)
                 bar.update()
 
     def _records(self, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:

@@ -72,6 +72,11 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return summary
 
 
+def success_so_far(records: Sequence[Mapping[str, Any]]) -> str:
+    """ASR of the undefended model over the samples that are done, for a progress bar."""
+    return _shown(_success(records, "").to_dict())
+
+
 def _success(attacked: Sequence[Mapping[str, Any]], side: str) -> Figure:
     """The share of successes. Where a judge had no opinion on a sample the interval runs from Wilson's lower end, had it been
     one the attack failed on, to the upper one, had it been a success: an endpoint's bad day makes nobody safe."""
@@ -202,6 +207,6 @@ def describe(summary: Mapping[str, Any]) -> Iterator[str]:
 
 def _shown(figure: Mapping[str, Any]) -> str:
     if figure["value"] is None:
-        return "no opinion on any"
+        return f"no opinion on any of {figure['count']}" if figure["count"] else "no samples count"
     value, low, high = (100 * figure[name] for name in ("value", "low", "high"))
     return f"{value:.1f} % ({low:.1f}-{high:.1f}, n = {figure['count']})"
