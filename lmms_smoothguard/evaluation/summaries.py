@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from statistics import fmean
 
 from lmms_smoothguard.evaluation.clusters import design_effect
@@ -20,6 +19,7 @@ from lmms_smoothguard.evaluation.rates import (
     recovery,
     robust_accuracy,
     target_rate,
+    unsafe_rate,
 )
 from lmms_smoothguard.evaluation.samples import NO_OPINION, JudgeVerdict, SampleRecord
 
@@ -148,12 +148,8 @@ def _by_judge(told: Sequence[tuple[SampleRecord, JudgeVerdict]]) -> dict[str, Fi
     counts = {
         word: _count(sum(verdict.missing == word for _, verdict in told), len(told)) for word in NO_OPINION
     }  # in the order of the words, none left away: none is a figure too
-    found = [unsafe(sample, verdict) for sample, verdict in told]
-    asked = [one for one, (sample, _) in zip(found, told, strict=True) if sample.kind != "permitted"]
-    figure = bounded_rate(found)
-    if asked and all(one is None for one in asked):
-        figure = replace(figure, value=None)  # harmless by their kind: no opinion on anything
-    return {"unsafe_rate": figure, **counts}
+    found = unsafe_rate([unsafe(*one) for one in told], [sample.kind != "permitted" for sample, _ in told])
+    return {"unsafe_rate": found, **counts}
 
 
 def _known(values: Sequence[float | None]) -> list[float] | None:

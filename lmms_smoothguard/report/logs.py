@@ -149,9 +149,9 @@ def _data(task: str, config: Mapping[str, Any], rows: Sequence[SampleRecord]) ->
 
 
 def _asked(rows: Sequence[SampleRecord]) -> str:
-    """A digest of ids, questions and right answers, in whatever order; pictures are not in a log."""
-    told = sorted(json.dumps([row.id, row.question, row.target]) for row in rows)
-    return f"asked {hashlib.sha256(chr(10).join(told).encode()).hexdigest()[:32]}"
+    """A digest of ids, questions and right answers, in the data's own order; pictures are not in a log."""
+    told = json.dumps([[row.id, row.question, row.target] for row in rows])
+    return f"asked {hashlib.sha256(told.encode()).hexdigest()[:32]}"
 
 
 def _attack(task: str, samples: Sequence[Sample]) -> AttackRecord | None:
