@@ -18,6 +18,7 @@ from lmms_smoothguard.evaluation.rates import (
     recovery,
     robust_accuracy,
     target_rate,
+    unsafe_rate,
     wilson,
 )
 from lmms_smoothguard.evaluation.runs import load_samples
@@ -70,6 +71,16 @@ def test_what_is_unknown_widens_an_interval_and_leaves_no_denominator():
     nothing = bounded_rate([None, None])
     assert (nothing.value, nothing.count, nothing.low, nothing.high) == (None, 2, 0, 1)
     assert bounded_rate([True, False]) == rate([True, False]).figure()
+
+
+def test_no_rate_is_told_of_harmless_requests_alone():
+    """Half are harmless by their kind; without an opinion on any other, 0 % would be no judge's finding."""
+    blank = unsafe_rate([None, False], [True, False])
+    assert (blank.value, blank.hits, blank.count) == (None, 0, 2)
+    assert (blank.low, blank.high) == (rate([False, False]).interval[0], rate([True, False]).interval[1])
+    assert unsafe_rate([None, False, True], [True, True, True]).value == pytest.approx(1 / 3)
+    assert unsafe_rate([None, False, False], [True, True, False]).value == 0
+    assert unsafe_rate([False], [False]).value == 0
 
 
 def test_a_mean_has_students_interval():
