@@ -44,11 +44,7 @@ def train(out: Path, seed: int = 0, scale: float = 1.0, checkpoint_every: int = 
     console = Console()
     recipe = scaled(Recipe(seed=seed), scale)
     trainer = Trainer(recipe, out)
-    try:
-        resumed = trainer.resume()
-    except ValueError as error:
-        raise SmoothGuardError(str(error)) from error
-    if resumed:
+    if trainer.resume():
         console.print(f"going on from {out}: stage {trainer.stage.name}, step {trainer.step} of {trainer.stage.steps}")
     console.print(f"drawing {recipe.ordinary_scenes} ordinary and {recipe.faint_scenes} faint scenes")
     scenes = training_scenes(recipe)

@@ -4,14 +4,11 @@
 2. `speech`: all of it, on ordinary scenes, half of them noised.
 3. `contrast`: ordinary noised scenes mixed with faint ones that are never noised (the model card says why).
 4. `steadiness`: the same mix with more noise, so that what is seen through noise is seen for certain.
-
-A checkpoint is two files that replace their predecessors atomically: tensors as safetensors and a small JSON.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import os
@@ -22,8 +19,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 
+from lmms_smoothguard.checkpoints import load_checkpoint, optimizer_tensors, part, restore_optimizer, save_checkpoint
 from lmms_smoothguard.tiny.lessons import IGNORED, Teacher
 from lmms_smoothguard.tiny.model import build_model, build_processor
 from lmms_smoothguard.tiny.scenes import COLORS, GRID, OBJECTS, SHAPES, SceneSet, color_of, make_scenes, shape_of
@@ -223,57 +220,26 @@ class Trainer:
             self.save()
         self.save()
 
-    @property
-    def _files(self) -> tuple[Path, Path]:
-        return self.out / "checkpoint.safetensors", self.out / "checkpoint.json"
-
     def save(self) -> None:
-        """Writes a checkpoint; the JSON names the place in the recipe and stands inside the tensors file too."""
-        self.out.mkdir(parents=True, exist_ok=True)
+        """Writes a checkpoint."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"head.{k}": v for k, v in self.head.state_dict().items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
-        place = json.dumps(
-            {"recipe": dataclasses.asdict(self.recipe), "stage_index": self.stage_index, "step": self.step}, indent=1
-        )
-        weights, about = self._files
-        scratch = weights.with_suffix(".tmp")
-        save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, scratch, {"place": place})
-        os.replace(scratch, weights)
-        about.write_text(place + "\n")
+        tensors |= {f"optimizer.{k}": v for k, v in optimizer_tensors(self.optimizer).items()}
+        save_checkpoint(self.out, tensors, dataclasses.asdict(self.recipe), [self.stage_index, self.step])
 
     def resume(self) -> bool:
         """Goes on from a checkpoint of the same recipe; False where there is none.
 
-        Raises ValueError when the checkpoint belongs to another recipe.
+        Raises ConfigError when the checkpoint belongs to another recipe.
         """
-        from safetensors import safe_open
-
-        weights, _ = self._files
-        if not weights.exists():
+        found = load_checkpoint(self.out, dataclasses.asdict(self.recipe))
+        if found is None:
             return False
-        with safe_open(weights, "pt") as opened:
-            place = json.loads(opened.metadata()["place"])
-        if place["recipe"] != json.loads(json.dumps(dataclasses.asdict(self.recipe))):
-            raise ValueError(
-                f"{weights} was made by another recipe; expected the same seed, sizes and stages. "
-                "Give another output directory, or remove the file to start again."
-            )
-        self.stage_index, self.step = place["stage_index"], place["step"]
-        tensors = load_file(weights)
-
-        def part(prefix: str) -> dict[str, torch.Tensor]:
-            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-        self.model.load_state_dict(part("model."))
-        self.head.load_state_dict(part("head."))
+        tensors, (self.stage_index, self.step) = found
+        self.model.load_state_dict(part(tensors, "model."))
+        self.head.load_state_dict(part(tensors, "head."))
         self.optimizer = self._optimizer()
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in part("optimizer.").items():
-            index, name = key.split(".", 1)
-            state.setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        restore_optimizer(self.optimizer, part(tensors, "optimizer."))
         return True
 
     def export(self, target: Path) -> None:
