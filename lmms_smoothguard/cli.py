@@ -14,6 +14,7 @@ from lmms_smoothguard.attacking.command import attack
 from lmms_smoothguard.errors import SmoothGuardError, did_you_mean, explain
 from lmms_smoothguard.report.command import compare, pool, record
 from lmms_smoothguard.sweeps.command import sweep
+from lmms_smoothguard.training.booster_command import booster
 
 app = typer.Typer(
     help="SmoothGuard and its kin for multimodal LLMs.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -74,6 +75,7 @@ def train_tiny_guard(
     typer.echo("\n".join(f"{name}: {value}" for name, value in figures.items()))
 
 
+train_app.command()(booster)
 app.command(no_args_is_help=True)(attack)
 
 
