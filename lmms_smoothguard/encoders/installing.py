@@ -51,6 +51,7 @@ def cast(tensors: Tensors, own: Tensors, name: str) -> Tensors:
 
 @torch.no_grad()
 def install(tower: Any, ready: Tensors) -> None:
+    """Writes tensors by canonical name into the tower's parameters; what is not among them stays."""
     parameters = dict(tower.named_parameters())
     for short, name in canonical(parameters).items():
         if short in ready and parameters[name].shape == ready[short].shape:

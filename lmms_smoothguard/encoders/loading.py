@@ -77,7 +77,7 @@ def load_vision_tower(model: Any, source: str, processor: Any = None, resolution
     Weights take the model's dtype and device. Raises ConfigError, and leaves model and processor as they were, for whatever
     does not fit: architecture, activation, tensors, preprocessing, values that are not finite, a model without such a tower.
     """
-    check_resolution(resolution)
+    _check_resolution(resolution)
     tower = find_clip_tower(model)
     found = find_source(source)
     own = {short: tower.state_dict()[name] for short, name in canonical(dict(tower.named_parameters())).items()}
@@ -108,8 +108,19 @@ def load_vision_tower(model: Any, source: str, processor: Any = None, resolution
     return provenance
 
 
-def check_resolution(resolution: str) -> None:
-    """Raises ConfigError for what `load_vision_tower` does not know."""
+def check_tower(source: str | None, resolution: str = "model") -> None:
+    """Raises ConfigError for a source (None: the model's own tower) that is not there, or a resolution that is none: before a
+    model is loaded."""
+    _check_resolution(resolution)
+    if source is not None:
+        find_source(source)
+    elif resolution != "model":
+        raise ConfigError(
+            f"vision_tower_resolution is {resolution!r}, and there is no vision_tower; expected one, such as tiny-fare"
+        )
+
+
+def _check_resolution(resolution: str) -> None:
     if resolution not in RESOLUTIONS:
         raise ConfigError(f"vision_tower_resolution is {resolution!r}; {did_you_mean(str(resolution), RESOLUTIONS)}")
 
@@ -118,8 +129,8 @@ def _new_size(
     model: Any, source: Source, said: Facts, shown: Facts, own: Facts, processor: Any
 ) -> tuple[int, int] | None:
     """The (height, width) a LLaVA is to see from now on; None where that is its own already."""
-    patches = shown.get("patches", own["patches"])
-    said_size = said.get("image_size")
+    patches: tuple[int, int] = shown["patches"] if "patches" in shown else own["patches"]
+    said_size: tuple[int, int] | None = said.get("image_size")
     if patches == own["patches"] and said_size in (None, own["image_size"]):
         return None
     kind = getattr(model.config, "model_type", "?")
@@ -131,7 +142,7 @@ def _new_size(
             "expected a LLaVA and its processor: tiles of other models are cut to the tower's own size"
         )
     rows, columns = own["patch_size"]
-    size: tuple[int, int] = said_size or (patches[0] * rows, patches[1] * columns)
+    size = said_size or (patches[0] * rows, patches[1] * columns)
     if size[0] != size[1] or (size[0] // rows, size[1] // columns) != patches:
         raise ConfigError(
             f"the vision tower {source.name!r} is for pictures of {size[0]} x {size[1]} by its config, and has {patches[0]} x "

@@ -132,12 +132,13 @@ class _Hub:
 
     def listing(self) -> list[str]:
         from huggingface_hub import constants, list_repo_files
+        from huggingface_hub.errors import HTTPError
 
         if constants.HF_HUB_OFFLINE:
             return []
         try:
             return sorted(list_repo_files(self._repository))
-        except (OSError, ValueError):
+        except (HTTPError, OSError, ValueError):
             return []  # only an error's text wants it
 
 

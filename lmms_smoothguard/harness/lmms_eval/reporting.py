@@ -2,7 +2,8 @@
 
 A wrapper sees requests and answers only, not where lmms-eval writes. So lmms-eval's `evaluate` is wrapped when our model is
 built, and its results get what the wrapper noted: for every attacked task an entry of `smoothguard_attacks` and the metric
-`attack_left_out`, and for tasks that do not report attacks themselves the same rates among their metrics.
+`attack_left_out`, and for tasks that do not report attacks themselves the same rates among their metrics; and where a model
+sees with another vision tower, `smoothguard_vision_tower`, with the fingerprint of the model that it makes.
 
 Every `evaluate` starts from an empty ledger, one with a model that is not ours too: its scores are of no earlier attack.
 """
@@ -20,10 +21,12 @@ from lmms_smoothguard.errors import AttackError, ConfigError, SmoothGuardError, 
 from lmms_smoothguard.evaluation.answers import same_answer, says
 from lmms_smoothguard.evaluation.rates import Rate, rate
 from lmms_smoothguard.evaluation.titles import attack_title
+from lmms_smoothguard.fingerprint import model_fingerprint
 from lmms_smoothguard.harness.lmms_eval import ledger, sharding
 from lmms_smoothguard.harness.lmms_eval.finishing import Finished, Finisher, tasks_of
 
 RESULTS = "smoothguard_attacks"
+TOWER = "smoothguard_vision_tower"
 _MARK = "__smoothguard_attacks__"
 
 
@@ -159,6 +162,8 @@ def install() -> None:
         model._sg_finisher = Finisher(task_dict, given.get("cli_args"))
         results = _with_reason(evaluate, *args, **kwargs)
         add(results, _of_all_processes(outcomes))
+        if results is not None and (tower := getattr(model, "_sg_tower", None)) is not None:
+            results[TOWER] = tower.to_dict() | {"model_fingerprint": model_fingerprint(model._sg_model())}
         return results
 
     setattr(reported, _MARK, True)
