@@ -160,14 +160,21 @@ def install() -> None:
         if given.get("response_cache") is not None:
             _refuse_cached_answers(model, task_dict)
         model._sg_finisher = Finisher(task_dict, given.get("cli_args"))
+        tower = _tower(model)  # before: lmms-eval lets go of the model as soon as it has answered
         results = _with_reason(evaluate, *args, **kwargs)
         add(results, _of_all_processes(outcomes))
-        if results is not None and (tower := getattr(model, "_sg_tower", None)) is not None:
-            results[TOWER] = tower.to_dict() | {"model_fingerprint": model_fingerprint(model._sg_model())}
+        if results is not None and tower is not None:
+            results[TOWER] = tower
         return results
 
     setattr(reported, _MARK, True)
     evaluator.evaluate, evaluator.get_task_dict = reported, loaded
+
+
+def _tower(model: Any) -> dict[str, Any] | None:
+    """Which vision tower was put into the model, and which model that made; None for its own."""
+    tower = getattr(model, "_sg_tower", None)
+    return None if tower is None else tower.to_dict() | {"model_fingerprint": model_fingerprint(model._sg_model())}
 
 
 def _with_reason(evaluate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
