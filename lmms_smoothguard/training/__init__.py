@@ -1,0 +1,1 @@
+"""Trainings of what defends: boosters and robust vision towers, resumable, with the model card that belongs to them."""
