@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from lmms_smoothguard.attacking.command import attack
+from lmms_smoothguard.certifying.command import certify
 from lmms_smoothguard.errors import SmoothGuardError, did_you_mean, explain
 from lmms_smoothguard.report.command import compare, pool, record
 from lmms_smoothguard.sweeps.command import sweep
@@ -77,6 +78,7 @@ def train_tiny_guard(
 
 train_app.command()(booster)
 app.command(no_args_is_help=True)(attack)
+app.command(no_args_is_help=True)(certify)
 
 
 @app.command()

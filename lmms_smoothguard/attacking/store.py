@@ -32,10 +32,11 @@ _SETTINGS = "settings.json"
 
 
 class Store:
-    """Raises ConfigError for a directory that is not ours, AttackError for one that cannot be written to."""
+    """made_by: the command whose directory it is. Raises ConfigError for a directory that is not ours, AttackError for one that
+    cannot be written to."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, made_by: str = MADE_BY) -> None:
+        self.root, self._made_by = root, made_by
         self._names: dict[str, str] = {}
         if root.exists() and not root.is_dir():
             raise ConfigError(f"out is {root}, a file; expected a directory, or a name for a new one")
@@ -57,7 +58,7 @@ class Store:
         self._names = file_names(ids)
         known = self._settings()
         if known is None:
-            whole = {"made_by": MADE_BY, "format": FORMAT, "settings": settings, "versions": versions}
+            whole = {"made_by": self._made_by, "format": FORMAT, "settings": settings, "versions": versions}
             self.write(_SETTINGS, json.dumps(whole, indent=1).encode())
             return
         asked = json.loads(json.dumps({"format": FORMAT, **settings}))
@@ -77,8 +78,8 @@ class Store:
             raise ConfigError(
                 f"{path} cannot be read ({error}); expected an earlier run's, or another --out"
             ) from error
-        if not isinstance(stored, dict) or stored.get("made_by") != MADE_BY:
-            raise ConfigError(f"{path} is not of `{MADE_BY}`; expected an empty or a new directory (--out)")
+        if not isinstance(stored, dict) or stored.get("made_by") != self._made_by:
+            raise ConfigError(f"{path} is not of `{self._made_by}`; expected an empty or a new directory (--out)")
         return stored
 
     # -- samples -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,111 @@
+"""What a user asks of `smoothguard certify`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from lmms_smoothguard.certify.checks import (
+    checked_alpha,
+    checked_count,
+    checked_radius,
+    checked_sigma,
+)
+from lmms_smoothguard.certify.features import CLEAN, SERVED
+from lmms_smoothguard.certify.gaussian import checked_similarity
+from lmms_smoothguard.errors import ConfigError, did_you_mean
+
+FEATURES, CLASSES, ANSWERS = "features", "classes", "answers"
+WHAT = (FEATURES, CLASSES, ANSWERS)
+_LARGEST_SIGMA = 5.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CertifyRun:
+    """What a user asks for. Everything is checked here. Raises ConfigError.
+
+    model: a hub id, a directory or an embedded model; data: whatever `find_questions` takes, with split, limit, question and
+    columns; what: features (each picture once), classes (of a dual encoder, each picture once) or answers (each question).
+    sigma: in [0, 1] pixel units at the model's resolution; n: draws that certify; n_select: separate draws that choose the answer,
+    the class, or what `reference` "served" compares with; alpha: of each certificate; n0, beta: the draws of a served mean, and its
+    own probability of error (None = alpha). radii, similarity: what the table asks about; booster, mapper: as in feature smoothing;
+    classes, prompts: names (none = the labels of the data) and sentences with {} for them; match: when an answer is right;
+    batch_size: noisy copies of the model at once.
+    """
+
+    model: str
+    data: str
+    out: Path
+    what: str = FEATURES
+    sigma: float = 0.25
+    n0: int = 32
+    n: int = 1000
+    n_select: int = 100
+    alpha: float = 0.001
+    beta: float | None = None
+    radii: tuple[float, ...] = (0.1, 0.25, 0.5)
+    similarity: float = 0.5
+    reference: str = CLEAN
+    booster: str | None = None
+    mapper: bool = True
+    seed: int = 0
+    split: str | None = None
+    limit: int | None = None
+    question: str | None = None
+    columns: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    max_new_tokens: int | None = None
+    match: str = "exact"
+    classes: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ("a photo of {}",)
+    batch_size: int = 32
+    device: str | None = None
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.what not in WHAT:
+            raise ConfigError(f"what is {self.what!r}; {did_you_mean(str(self.what), WHAT)}")
+        if checked_sigma(self.sigma) > _LARGEST_SIGMA:
+            raise ConfigError(
+                f"sigma is {self.sigma!r}; expected at most {_LARGEST_SIGMA:g}, in [0, 1] pixel units: no picture is left beyond"
+            )
+        for name, least in (("n0", 2), ("n", 2), ("n_select", 1), ("batch_size", 1), ("limit", 1), ("max_new_tokens", 1)):
+            if (value := getattr(self, name)) is not None:
+                checked_count(value, name, least)
+        checked_count(self.seed, "seed", 0)
+        checked_alpha(self.alpha)
+        if self.beta is not None:
+            checked_alpha(self.beta, "beta")
+        checked_similarity(self.similarity)
+        if not self.radii:
+            raise ConfigError("radii are empty; expected one L2 norm at least, such as 0.1,0.25,0.5")
+        for radius in self.radii:
+            checked_radius(radius)
+        self._check_what()
+
+    def _check_what(self) -> None:
+        if self.reference not in (CLEAN, SERVED):
+            raise ConfigError(f"reference is {self.reference!r}; {did_you_mean(str(self.reference), (CLEAN, SERVED))}")
+        if self.reference == SERVED and self.what != FEATURES:
+            raise ConfigError(f"reference is 'served', which features are compared with, and --what is {self.what}")
+        if self.booster is not None and self.what == ANSWERS:
+            raise ConfigError(
+                f"booster is {self.booster!r}, and --what is answers, which are those of the model to noisy pictures; expected "
+                "--what features or classes beside a booster"
+            )
+        if self.what == CLASSES:
+            for prompt in self.prompts:
+                if "{}" not in prompt:
+                    raise ConfigError(f"prompt is {prompt!r}; expected a sentence with {{}} for the class, such as 'a photo of {{}}'")
+            if not self.prompts:
+                raise ConfigError("prompts are empty; expected one at least, such as 'a photo of {}'")
+            if len(set(self.classes)) < len(self.classes) or len(self.classes) == 1:
+                raise ConfigError(f"classes are {self.classes}; expected two or more different names, or none for the data's labels")
+        elif self.classes:
+            raise ConfigError(f"classes are given, and --what is {self.what}; expected --what classes beside them")
+
+    @property
+    def served_beta(self) -> float:
+        """Of the served mean."""
+        return self.alpha if self.beta is None else self.beta
