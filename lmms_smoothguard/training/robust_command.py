@@ -24,9 +24,7 @@ _Noised = Annotated[
 ]
 _Every = Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")]
 _Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU if there is one.")]
-_Questions = Annotated[
-    int, typer.Option(min=1, help="Embedded models: questions of the figures under attack, of 900 at most.")
-]
+_Questions = Annotated[int, typer.Option(min=1, help="Of the embedded models' figures, 900 at most.")]
 
 
 def fare(
@@ -68,12 +66,12 @@ def tecoa(
         "runs/tecoa"
     ),
     eps: _Eps = "4/255",
-    steps: _Steps = 500,
+    steps: _Steps = 400,
     inner_steps: _Inner = 10,
     batch: _Batch = 32,
     lr: _Rate = None,
     seed: _Seed = 0,
-    scenes: _Scenes = 8_000,
+    scenes: _Scenes = 4_000,
     noised_share: _Noised = None,
     checkpoint_every: _Every = 50,
     device: _Device = None,

@@ -145,7 +145,7 @@ def answer_figures(tower: Any, eps: float, questions: int) -> list[Figures]:
 
 
 def llava_rates(tower: Any | None, eps: float, questions: int) -> dict[str, Rate]:
-    """Rates of the embedded LLaVA with a tower (None: its own). Attacked are the first `questions` of the existence set."""
+    """Rates of the embedded LLaVA with a tower (None: its own), on the first `questions` of its existence sets."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from lmms_smoothguard.aggregation.verdict import normalize_answer
@@ -164,18 +164,16 @@ def llava_rates(tower: Any | None, eps: float, questions: int) -> dict[str, Rate
         given = answers(model, processor, [row["question"] for row in rows], images)
         return [normalize_answer(a) == normalize_answer(row["answer"]) for a, row in zip(given, rows, strict=True)]
 
-    rows = sets["pope"]
+    rows, faint = sets["pope"][:questions], sets["pope_faint"][:questions]
     images = np.stack([row["image"] for row in rows])
-    clean = right(rows, images)
-    rates = {"LLaVA, existence": rate(clean)}
-    rates[f"LLaVA, existence, one noisy copy, sigma {_NOISE}"] = rate(right(rows, noisy(images, _NOISE)))
-    faint = sets["pope_faint"]
-    rates["LLaVA, existence, faint scenes"] = rate(right(faint, np.stack([row["image"] for row in faint])))
-    asked = rows[:questions]
-    attacked = right(asked, _attacked(model, processor, asked, eps))
-    rates[f"LLaVA, robust accuracy, PGD-{_QUESTION_STEPS}"] = robust_accuracy(clean[:questions], attacked)
-    rates[f"LLaVA, asr, PGD-{_QUESTION_STEPS}"] = attack_success_rate(clean[:questions], attacked)
-    return rates
+    clean, attacked = right(rows, images), right(rows, _attacked(model, processor, rows, eps))
+    return {
+        "LLaVA, existence": rate(clean),
+        f"LLaVA, existence, one noisy copy, sigma {_NOISE}": rate(right(rows, noisy(images, _NOISE))),
+        "LLaVA, existence, faint scenes": rate(right(faint, np.stack([row["image"] for row in faint]))),
+        f"LLaVA, robust accuracy, PGD-{_QUESTION_STEPS}": robust_accuracy(clean, attacked),
+        f"LLaVA, asr, PGD-{_QUESTION_STEPS}": attack_success_rate(clean, attacked),
+    }
 
 
 def _attacked(model: Any, processor: Any, rows: list[dict[str, Any]], eps: float) -> np.ndarray:

@@ -85,10 +85,14 @@ def load(name: str, device: str | torch.device = "cpu") -> Subject:
 
     place = _place(name)
     try:
-        kind = AutoConfig.from_pretrained(place).model_type
-        factory: Any = {"clip": CLIPModel, "clip_vision_model": CLIPVisionModel}.get(kind, AutoModelForImageTextToText)
+        config = AutoConfig.from_pretrained(place)
+        _check_tower(config, name)
+        factories = {"clip": CLIPModel, "clip_vision_model": CLIPVisionModel}
+        factory: Any = factories.get(config.model_type, AutoModelForImageTextToText)
         model = factory.from_pretrained(place, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(
             f"model {name!r} cannot be loaded ({str(error).splitlines()[0]}); expected tiny-llava, tiny-clip, a directory or a hub id "
             "of a model that transformers knows, with safetensors weights"
@@ -103,17 +107,25 @@ def load(name: str, device: str | torch.device = "cpu") -> Subject:
     return Subject(name, model, tower, original, image_processor, processor)
 
 
+def _check_tower(config: Any, name: str) -> None:
+    vision = getattr(config, "vision_config", None)
+    kind = config.model_type if vision is None else getattr(vision, "model_type", None)
+    if kind != "clip_vision_model":
+        seen = "its config names no vision tower" if vision is None else f"its vision tower is of type {kind!r}"
+        raise ConfigError(
+            f"model {name!r} (type {config.model_type!r}) has no CLIP-type vision tower: {seen}; expected a model with a CLIPVisionModel "
+            "in it, such as LLaVA or CLIP"
+        )
+
+
 def find_clip_tower(model: Any, name: str) -> Any:
     """The CLIPVisionModel that is or stands in a model. Raises ConfigError where there is none."""
     from transformers import CLIPVisionModel
 
     found = next((module for module in model.modules() if isinstance(module, CLIPVisionModel)), None)
     if found is None:
-        vision = getattr(getattr(model.config, "vision_config", None), "model_type", None)
-        seen = f"its vision tower is of type {vision!r}" if vision else "it has no vision tower that its config names"
         raise ConfigError(
-            f"model {name!r} ({type(model).__name__}) has no CLIP-type vision tower: {seen}; expected a model with a CLIPVisionModel "
-            "in it, such as LLaVA or CLIP"
+            f"model {name!r} ({type(model).__name__}) has no CLIPVisionModel in it; expected one, as in LLaVA or CLIP"
         )
     return found
 
@@ -134,5 +146,8 @@ def _processors(place: str | Path, name: str) -> tuple[Any, Any]:
         raise ConfigError(
             f"model {name!r} has no image processor ({str(error).splitlines()[0]}); expected its config beside the weights"
         ) from error
-    processor = AutoProcessor.from_pretrained(place)
+    try:
+        processor = AutoProcessor.from_pretrained(place)
+    except (OSError, ValueError):
+        processor = image_processor  # a bare tower's directory
     return (None if type(processor) is type(image_processor) else processor), image_processor
