@@ -7,7 +7,12 @@ from lmms_smoothguard.hookspecs import hookimpl
 
 @hookimpl
 def smoothguard_defenses() -> dict[str, str]:
-    return {"smoothguard": "lmms_smoothguard.defenses.smoothguard:DEFENSE"}
+    home = "lmms_smoothguard.defenses"
+    return {
+        "smoothguard": f"{home}.smoothguard:DEFENSE",
+        "feature_smoothing": f"{home}.feature_smoothing:DEFENSE",
+        "smoothguard+feature_smoothing": f"{home}.feature_smoothing:COMBINED",
+    }
 
 
 @hookimpl

@@ -36,7 +36,7 @@ def choose(value: Any, base: Choice | None = None) -> Choice | None:
         return base or Choice(DEFAULT, config_class(DEFAULT)())
     if isinstance(value, Choice):
         return value
-    if isinstance(value, SmoothGuardConfig):
+    if type(value) is SmoothGuardConfig:
         return Choice(DEFAULT, value)
     if not isinstance(value, Mapping):
         raise ConfigError(

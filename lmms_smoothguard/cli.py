@@ -14,6 +14,7 @@ from lmms_smoothguard.attacking.command import attack
 from lmms_smoothguard.errors import SmoothGuardError, did_you_mean, explain
 from lmms_smoothguard.report.command import compare, pool, record
 from lmms_smoothguard.sweeps.command import sweep
+from lmms_smoothguard.training.booster_command import booster
 from lmms_smoothguard.training.robust_command import fare, tecoa
 
 app = typer.Typer(
@@ -88,9 +89,9 @@ def train_tiny_clip(
     train(out, scaled(ClipRecipe(seed=seed), scale), typer.echo)
 
 
-train_app.command("fare")(fare)
-train_app.command("tecoa")(tecoa)
-
+train_app.command()(booster)
+train_app.command()(fare)
+train_app.command()(tecoa)
 app.command(no_args_is_help=True)(attack)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -68,16 +69,23 @@ class NoiseSource:
 
     def copy(self, number: int) -> torch.Tensor:
         """Noisy copy `number` of the whole image tensor, in its own shape, type and place."""
+        return self.copies([number])[0]
+
+    def copies(self, numbers: Sequence[int]) -> torch.Tensor:
+        """Noisy copies of these numbers, stacked: (len(numbers), *shape of the image tensor)."""
         values = self._images.values
-        noisy = torch.empty_like(values)
-        for where, (digest, occurrence) in zip(self._images.slices, self._identities, strict=True):
-            key = b"%d|%b|%d|%d" % (self._seed, digest, occurrence, number)
-            generator = torch.Generator().manual_seed(
-                int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
-            )
-            noise = self._images.layout.standard_noise(values[where], where, generator)
-            noisy[where] = add_noise(values[where], noise, self._images, self._sigma, self._statistics)
+        noisy = torch.empty((len(numbers), *values.shape), dtype=values.dtype, device=values.device)
+        for where, identity in zip(self._images.slices, self._identities, strict=True):
+            noise = torch.stack([self._draw(where, identity, number) for number in numbers])
+            noisy[:, where] = add_noise(values[where], noise, self._images, self._sigma, self._statistics)
         return noisy
+
+    def _draw(self, where: slice, identity: tuple[bytes, int], number: int) -> torch.Tensor:
+        digest, occurrence = identity
+        key = b"%d|%b|%d|%d" % (self._seed, digest, occurrence, number)
+        place = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+        generator = torch.Generator().manual_seed(place)
+        return self._images.layout.standard_noise(self._images.values[where], where, generator)
 
 
 class Draw(NamedTuple):
@@ -89,15 +97,30 @@ class Draw(NamedTuple):
     statistics: Callable[[], PixelStatistics]
 
 
+class Inside(NamedTuple):
+    """What an attacker draws a defence's randomness for that acts inside the model: `draws` passes a call, with generators
+    (pictures of a call) -> one of the attacker's own a picture."""
+
+    model: Any
+    image_processor: Any
+    draws: int
+    generators: Callable[[int], Sequence[torch.Generator]]
+
+
 class Randomness(NamedTuple):
     """A defence's randomness, for attacks that average over it (EOT).
 
     fields: the settings that its distribution hangs on, a seed never among them; draw: (Draw, the defence's config) -> the
-    pixel tensor as the model gets it, differentiable.
+    pixel tensor as the model gets it, differentiable; None for a defence that leaves pixels alone. inside: (Inside, config) -> a
+    context in which the model's own forward is defended, differentiable in its pixels; None for one that leaves the model alone.
+    Where there is `draw`, its draws are averaged, each with whatever `inside` does; else `inside` draws that many.
+    content: (model, config) -> what fields only point at, such as weights: an attack belongs to it.
     """
 
     fields: tuple[str, ...]
-    draw: Callable[[Draw, Any], torch.Tensor]
+    draw: Callable[[Draw, Any], torch.Tensor] | None = None
+    inside: Callable[[Inside, Any], AbstractContextManager[Any]] | None = None
+    content: Callable[[Any, Any], Any] | None = None
 
 
 def draw_noise(draw: Draw, config: Any) -> torch.Tensor:

@@ -7,12 +7,13 @@ on CPUs none was found (`docs/decisions.md`).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
+import functools
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from lmms_smoothguard import plugins
 from lmms_smoothguard.attacks.base import Attack
 from lmms_smoothguard.attacks.cache import FORMAT, AttackCache, Entry, content_key
 from lmms_smoothguard.attacks.model_state import deterministic, frozen
-from lmms_smoothguard.attacks.objective import PIXELS, Perturb, Threat
+from lmms_smoothguard.attacks.objective import PIXELS, InnerDraws, Perturb, Threat, attackers_generator
 from lmms_smoothguard.attacks.pictures import Pictures, distances
 from lmms_smoothguard.attacks.precision import exact_logits
 from lmms_smoothguard.attacks.rendering import Renderer, warn_of
@@ -34,7 +35,7 @@ from lmms_smoothguard.errors import AttackError
 from lmms_smoothguard.fingerprint import model_fingerprint
 from lmms_smoothguard.inputs.media import find_images
 from lmms_smoothguard.inputs.statistics import PixelStatistics, pixel_statistics
-from lmms_smoothguard.noise import Draw, Randomness
+from lmms_smoothguard.noise import Draw, Inside, Randomness
 
 _ALONE = frozenset({"cross_attention_mask", "position_ids"})
 
@@ -121,6 +122,8 @@ class Crafter:
                 "knows the seed that an answer is given with"
             )
         fields = {field: getattr(self._defense.config, field) for field in randomness.fields}
+        if randomness.content is not None:
+            fields["content"] = randomness.content(self._model, self._defense.config)
         return {"defense": self._defense.name, **fields, "code": plugins.provenance("defenses", self._defense.name)}
 
     def _batches(self, missing: Mapping[str, Job]) -> Iterator[list[str]]:
@@ -160,23 +163,16 @@ class Crafter:
             {k: v for k, v in job.inputs.items() if isinstance(v, torch.Tensor) and k not in rendered}
             for job in jobs.values()
         ]
-        threat = Threat(
-            self._model,
-            self._processor,
-            renderer,
-            clean,
-            prompts,
-            [job.answer for job in jobs.values()],
-            self._perturbation(settings, list(jobs)) if settings.eot else None,
-            max(1, settings.eot),
-        )
         started, losses = time.perf_counter(), []
 
         def progress(number: int, value: torch.Tensor) -> None:
             losses.append(value.float().cpu())
             bar.update(len(jobs))
 
-        with plugins.blame("attacks", settings.name), exact_logits(self._model):
+        answers = [job.answer for job in jobs.values()]
+        with plugins.blame("attacks", settings.name), exact_logits(self._model), self._attacked(settings) as inner:
+            chance = self._chance(settings, list(jobs), inner)
+            threat = Threat(self._model, self._processor, renderer, clean, prompts, answers, **chance)
             attack: Attack = plugins.load("attacks", settings.name)(settings)
             adversarial = attack.run(attack.objective(threat), clean, progress)
         apart = distances_within(settings, adversarial, clean)
@@ -198,15 +194,29 @@ class Crafter:
             entries[key] = self._cache.put(key, images, record)
         return entries
 
-    def _perturbation(self, settings: AttackSettings, keys: Sequence[str]) -> Perturb:
+    def _chance(self, settings: AttackSettings, keys: Sequence[str], inner: InnerDraws | None) -> dict[str, Any]:
+        """The attacker's draws of the defence's randomness, before the model and inside it, as a threat has them."""
+        if not settings.eot:
+            return {}
+        assert self._defense is not None
+        randomness = _randomness_of(self._defense)
+        assert randomness is not None
+        found: dict[str, Any] = {}
+        if randomness.draw is not None:
+            found |= {"perturb": self._perturbation(settings, keys, randomness.draw), "draws": settings.eot}
+        if inner is not None:
+            found["expect"] = functools.partial(inner.expect, keys)
+        return found
+
+    def _perturbation(
+        self, settings: AttackSettings, keys: Sequence[str], drawn: Callable[[Draw, Any], torch.Tensor]
+    ) -> Perturb:
         """One draw of the defence's randomness a call, keyed by the attacker's seed and each row's own key.
 
         So a row's draws depend on no neighbour, restarts of a row share them, and evaluation seeds stay unseen.
         """
         assert self._defense is not None
-        defense, randomness, draws = self._defense, _randomness_of(self._defense), itertools.count()
-        assert randomness is not None
-        config = _without_seed(defense.config)
+        config, draws = _without_seed(self._defense.config), itertools.count()
 
         def perturb(rendered: Mapping[str, torch.Tensor], rows: int) -> torch.Tensor:
             images = find_images(rendered, self._model.config)
@@ -214,10 +224,22 @@ class Crafter:
                 raise AttackError("the image processor rendered no pixels; expected pixel_values")
             draw, slots = next(draws), range(len(images.slices) // rows)
             places = itertools.product(list(keys) * (rows // len(keys)), slots)
-            generators = [_attackers_generator(settings.seed, key, slot, draw) for key, slot in places]
-            return randomness.draw(Draw(images, generators, self._statistics), config)
+            generators = [attackers_generator(settings.seed, key, slot, draw) for key, slot in places]
+            return drawn(Draw(images, generators, self._statistics), config)
 
         return perturb
+
+    @contextlib.contextmanager
+    def _attacked(self, settings: AttackSettings) -> Iterator[InnerDraws | None]:
+        """The model as it is attacked: with what the defence does inside it under EOT, whose chance is handed out; else bare."""
+        randomness = _randomness_of(self._defense) if settings.eot and self._defense is not None else None
+        if self._defense is None or randomness is None or randomness.inside is None:
+            yield None
+            return
+        processor, inner = getattr(self._processor, "image_processor", self._processor), InnerDraws(settings.seed)
+        config = _without_seed(self._defense.config)
+        with randomness.inside(Inside(self._model, processor, settings.eot, inner), config):
+            yield inner
 
     def _statistics(self) -> PixelStatistics:
         return pixel_statistics(self._model, getattr(self._processor, "image_processor", self._processor))
@@ -251,12 +273,6 @@ def settings_parts(settings: AttackSettings) -> dict[str, Any]:
         content = attack.content(settings)
     fields = {name: value for name, value in settings.to_dict().items() if name not in content}
     return {"settings": fields, **{f"content of {name}": value for name, value in content.items()}}
-
-
-def _attackers_generator(seed: int, key: str, slot: int, draw: int) -> torch.Generator:
-    """`draw` counts all draws of a crafting: number step * attack_eot + n is the n-th of a step."""
-    place = b"attacker|%d|%b|%d|%d" % (seed, key.encode(), slot, draw)
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "big") >> 1)
 
 
 def slots_of(rows: Sequence[Sequence[Image.Image]], device: torch.device) -> Pictures:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,13 +22,57 @@ Perturb = Callable[[Mapping[str, torch.Tensor], int], torch.Tensor]
 """Rendered inputs of that many requests -> the pixel tensor after one draw of the defence's randomness (EOT)."""
 
 
+class InnerDraws:
+    """The attacker's chance for a defence inside the model: one generator a picture of a call of its vision tower.
+
+    So a row's draws depend on no neighbour, restarts of a row share them, and evaluation seeds stay unseen.
+    """
+
+    def __init__(self, seed: int) -> None:
+        """`seed`: the attacker's."""
+        self._seed, self._calls = seed, 0
+        self._keys: Sequence[str] = ()
+        self._rows, self._draws = 0, 0
+
+    def expect(self, keys: Sequence[str], rows: int, draws: int) -> None:
+        """The next call has that many rows of pictures, `keys` over and over, each in that many draws, one draw of all rows after
+        the other."""
+        if keys is not self._keys:
+            self._keys, self._calls = keys, 0
+        self._rows, self._draws = rows, draws
+
+    def __call__(self, pictures: int) -> list[torch.Generator]:
+        """Raises AttackError for a call that does not have equally many pictures a row."""
+        total = self._rows * self._draws
+        if not total or pictures % total:
+            raise AttackError(
+                f"the vision tower was called with {pictures} pictures for {total} rows; expected equally many a row, in one call. "
+                "attack_eot through this defence is not supported for this model"
+            )
+        self._calls += 1
+        each, made = pictures // total, []
+        for number in range(pictures):
+            place, part = divmod(number, each)
+            draw, row = divmod(place, self._rows)
+            key = self._keys[row % len(self._keys)]
+            made.append(attackers_generator(self._seed, key, draw * each + part, self._calls))
+        return made
+
+
+def attackers_generator(seed: int, key: str, slot: int, draw: int) -> torch.Generator:
+    """`draw` counts all draws of a crafting: number step * attack_eot + n is the n-th of a step."""
+    place = b"attacker|%d|%b|%d|%d" % (seed, key.encode(), slot, draw)
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "big") >> 1)
+
+
 @dataclass(frozen=True)
 class Threat:
     """What an attacker of one batch has before them: the model, and what it is asked.
 
     processor: the model's whole processor, or its image processor; renderer: from pictures to the model's inputs; clean:
     the clean pictures; prompts: captured inputs of each row, batch size 1, without pixels; answers: token ids of each
-    row's answer; perturb: one draw of a defence's randomness, `draws` of which are averaged (EOT), None for the bare model.
+    row's answer; perturb: one draw of a defence's randomness, `draws` of which are averaged (EOT), None for bare pixels;
+    expect: what is told how many rows, and draws of each, the model's next call has.
     """
 
     model: Any
@@ -38,13 +83,20 @@ class Threat:
     answers: Sequence[Sequence[int]]
     perturb: Perturb | None = None
     draws: int = 1
+    expect: Callable[[int, int], None] | None = None
 
-    def rendered(self, pictures: Pictures) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-        """The inputs that pictures of any number of rows become, and their pixels in every draw, differentiably."""
-        inputs = self.renderer(pictures)
-        if self.perturb is None:
+    def rendered(self, pictures: Pictures, *, noisy: bool = True) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        """The inputs that pictures of any number of rows become, and their pixels in every draw, differentiably.
+
+        noisy: False for the pixels as they are, whatever a defence does to them.
+        """
+        inputs, perturb = self.renderer(pictures), self.perturb if noisy else None
+        draws = self.draws if perturb is not None else 1
+        if self.expect is not None:
+            self.expect(len(pictures[0]), draws)
+        if perturb is None:
             return inputs, [inputs[PIXELS]]
-        return inputs, [self.perturb(inputs, len(pictures[0])) for _ in range(self.draws)]
+        return inputs, [perturb(inputs, len(pictures[0])) for _ in range(draws)]
 
 
 def answer_ids(tokenizer: Any, prompt_ids: Sequence[int], text: str) -> list[int]:

@@ -18,7 +18,7 @@ from lmms_smoothguard import plugins
 from lmms_smoothguard.attacks.cache import FORMAT, Entry, content_key
 from lmms_smoothguard.attacks.craft import Crafter, distances_within, settings_parts, slots_of
 from lmms_smoothguard.attacks.model_state import deterministic, frozen
-from lmms_smoothguard.attacks.objective import PIXELS, AnswerLoss, Threat
+from lmms_smoothguard.attacks.objective import PIXELS, AnswerLoss, InnerDraws, Threat
 from lmms_smoothguard.attacks.pictures import Objective, Pictures
 from lmms_smoothguard.attacks.precision import exact_logits
 from lmms_smoothguard.attacks.rendering import Renderer, warn_of
@@ -80,7 +80,6 @@ class UniversalCrafter(Crafter):
         with torch.no_grad():
             gaps = renderer.check(clean, captured, PIXELS)
         warn_of(gaps)
-        corpus = self._corpus_loss(key, settings, renderer, clean, lessons)
         started, losses = time.perf_counter(), []
 
         def progress(number: int, value: torch.Tensor) -> None:
@@ -88,7 +87,8 @@ class UniversalCrafter(Crafter):
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
             bar.update()
 
-        with plugins.blame("attacks", settings.name):
+        with plugins.blame("attacks", settings.name), self._attacked(settings) as inner:
+            corpus = self._corpus_loss(key, settings, renderer, clean, lessons, inner)
             attack: Universal = plugins.load("attacks", settings.name)(settings)
             found = attack.run(InParts(corpus.draw), clean, progress)
         picture = (found[0][0] * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
@@ -107,7 +107,13 @@ class UniversalCrafter(Crafter):
         return self._cache.put(key, [picture], record)
 
     def _corpus_loss(
-        self, key: str, settings: AttackSettings, renderer: Renderer, clean: Pictures, lessons: Sequence[Lesson]
+        self,
+        key: str,
+        settings: AttackSettings,
+        renderer: Renderer,
+        clean: Pictures,
+        lessons: Sequence[Lesson],
+        inner: InnerDraws | None,
     ) -> CorpusLoss:
         rendered = set(renderer(clean))
         prompts = [
@@ -129,8 +135,7 @@ class UniversalCrafter(Crafter):
                 tuple(slot.expand(len(members), -1, -1, -1) for slot in clean),
                 [prompts[member] for member in members],
                 [lessons[member].answer for member in members],
-                self._perturbation(settings, keys) if settings.eot else None,
-                max(1, settings.eot),
+                **self._chance(settings, keys, inner),
             )
 
         minibatches = Minibatches(groups, min(settings.options.batch, len(lessons)), settings.seed)

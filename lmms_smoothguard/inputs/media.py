@@ -90,7 +90,7 @@ def find_images(inputs: Mapping[str, Any], config: Any) -> Images | None:
         raise UndefendableError(
             f"{key} holds NaN or Inf; expected finite pixels. Check the image and its preprocessing."
         )
-    layout, slices = _layout_of(key, values, inputs, config)
+    layout, slices = layout_of(key, values, inputs, config)
     _check_rows(key, values, inputs, slices)
     return Images(key, values, layout, slices, _rows(inputs, config, slices, layout))
 
@@ -111,9 +111,13 @@ def _is_multimodal(config: Any) -> bool:
     return any(getattr(config, name, None) is not None for name in names)
 
 
-def _layout_of(
+def layout_of(
     key: str, values: torch.Tensor, inputs: Mapping[str, Any], config: Any
 ) -> tuple[Layout, tuple[slice, ...]]:
+    """How pixels lie in a tensor, and which part of it each picture is; `inputs` are what came with them.
+
+    Raises UndefendableError for a layout that is not known.
+    """
     channels = channels_of(config)
     if values.ndim >= 4 and channels not in (None, values.shape[-3]):
         raise UndefendableError(

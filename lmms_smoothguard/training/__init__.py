@@ -1,1 +1,1 @@
-"""Trainings around a given model: boosters with the model frozen, robust vision towers."""
+"""Trainings of what defends: boosters and robust vision towers, resumable, with the model card that belongs to them."""
