@@ -91,7 +91,9 @@ def _floats(values: list[float | None]) -> Any:
 
 def _fcsb_panel(axis: Any, radii: Any, made: Curves) -> None:
     low, middle, high = (_floats(made[f"fcsb_q{round(100 * quartile)}"]) for quartile in _QUARTILES)
-    axis.fill_between(radii, np.nan_to_num(low), np.nan_to_num(high), where=~np.isnan(high), color=BLUE, alpha=0.18, linewidth=0)
+    axis.fill_between(
+        radii, np.nan_to_num(low), np.nan_to_num(high), where=~np.isnan(high), color=BLUE, alpha=0.18, linewidth=0
+    )
     axis.plot(radii, middle, color=BLUE, label="median (band: quartiles)")
     axis.set_ylabel("FCSB: least cosine with the clean feature")
 

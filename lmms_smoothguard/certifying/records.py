@@ -74,8 +74,11 @@ def finished(
         data=DataRecord(**settings["data"]),
         settings=json.loads(json.dumps(settings)),
         asked={
-            "radii": list(asked.radii), "similarity": asked.similarity, "n0": asked.n0, "beta": asked.served_beta
-        },  # fmt: skip
+            "radii": list(asked.radii),
+            "similarity": asked.similarity,
+            "n0": asked.n0,
+            "beta": asked.served_beta,
+        },
         figures=figures(asked, records, worker),
         curves=curves(asked, records, worker),
         largest={f"{similarity:g}": worker.largest(similarity) for similarity in similarities},

@@ -172,7 +172,13 @@ def _settings(
     asked: CertifyRun, questions: Questions, numbers: Sequence[int], identity: dict[str, Any]
 ) -> dict[str, Any]:
     """All that a certificate hangs on; what only the table asks about may be another the next time."""
-    kept: dict[str, Any] = {"what": asked.what, "sigma": asked.sigma, "n": asked.n, "alpha": asked.alpha, "seed": asked.seed}
+    kept: dict[str, Any] = {
+        "what": asked.what,
+        "sigma": asked.sigma,
+        "n": asked.n,
+        "alpha": asked.alpha,
+        "seed": asked.seed,
+    }
     if asked.what == ANSWERS:
         kept |= {"n_select": asked.n_select, "match": asked.match}
     else:
