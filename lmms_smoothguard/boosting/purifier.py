@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import torch
@@ -10,21 +11,23 @@ from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
 from lmms_smoothguard.boosting.extra import diffusers
 
+_EMBEDDING = 64
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PurifierConfig:
     """unshuffle: squares of that side become channels before the first convolution, which is what makes a purifier cheap;
-    widths: channels of each level of the U-Net, each at half the resolution of the one before; blocks: residual blocks a level."""
+    widths: channels of each level of the U-Net, each at half the resolution of the one before."""
 
-    unshuffle: int = 4
-    widths: tuple[int, ...] = (32, 64)
-    blocks: int = 1
+    unshuffle: int = 2
+    widths: tuple[int, ...] = (32, 64, 96)
 
 
 class Purifier(torch.nn.Module):
-    """x + e -> x: the U-Net of diffusers predicts what to take away, scaled with the noise level.
+    """x + e -> x: a U-Net of diffusers' residual blocks, conditioned on the noise level, predicts what to take away.
 
-    Residual and scale make it the identity before training, and nearly so at noise level 0.
+    One block a level on either side and two at the bottom: half the parameters of diffusers' own U-Net of the same widths. What is
+    taken away is scaled with the noise level, and is nothing before training.
     """
 
     least = 0.02
@@ -33,20 +36,32 @@ class Purifier(torch.nn.Module):
     def __init__(self, config: PurifierConfig) -> None:
         super().__init__()
         self.config = config
-        channels, levels = 3 * config.unshuffle**2, len(config.widths)
-        self.net: Any = diffusers("a purifier").UNet2DModel(
-            in_channels=channels,
-            out_channels=channels,
-            block_out_channels=config.widths,
-            layers_per_block=config.blocks,
-            down_block_types=("DownBlock2D",) * levels,
-            up_block_types=("UpBlock2D",) * levels,
-            norm_num_groups=8,
-            add_attention=False,
-            resnet_time_scale_shift="scale_shift",
-        )
-        torch.nn.init.zeros_(self.net.conv_out.weight)
-        torch.nn.init.zeros_(self.net.conv_out.bias)
+        widths, channels = config.widths, 3 * config.unshuffle**2
+        diffusers("a purifier")
+        from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+        from diffusers.models.resnet import ResnetBlock2D
+
+        def block(before: int, after: int) -> Any:
+            return ResnetBlock2D(
+                in_channels=before,
+                out_channels=after,
+                temb_channels=_EMBEDDING,
+                groups=8,
+                time_embedding_norm="scale_shift",
+            )
+
+        deeper = list(itertools.pairwise(widths))
+        self.waves = Timesteps(32, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.embedding = TimestepEmbedding(32, _EMBEDDING)
+        self.enter = torch.nn.Conv2d(channels, widths[0], 3, padding=1)
+        self.encode = torch.nn.ModuleList(block(width, width) for width in widths[:-1])
+        self.down = torch.nn.ModuleList(torch.nn.Conv2d(upper, lower, 2, 2) for upper, lower in deeper)
+        self.bottom = torch.nn.ModuleList(block(widths[-1], widths[-1]) for _ in range(2))
+        self.up = torch.nn.ModuleList(torch.nn.Conv2d(lower, 4 * upper, 1) for upper, lower in deeper)
+        self.decode = torch.nn.ModuleList(block(2 * width, width) for width in widths[:-1])
+        self.leave = torch.nn.Conv2d(widths[0], channels, 3, padding=1)
+        torch.nn.init.zeros_(self.leave.weight)
+        torch.nn.init.zeros_(self.leave.bias)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, pixels: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -55,6 +70,19 @@ class Purifier(torch.nn.Module):
         fold = self.config.unshuffle * 2 ** (len(self.config.widths) - 1)
         padded = pad(pixels, (0, -width % fold, 0, -height % fold), mode="replicate")
         folded = pixel_unshuffle(padded * 2 - 1, self.config.unshuffle).contiguous(memory_format=torch.channels_last)
-        found = pixel_shuffle(self.net(folded, sigma * 1000, return_dict=False)[0], self.config.unshuffle)
+        found = pixel_shuffle(self._predicted(folded, sigma), self.config.unshuffle)
         scale = (self.least + sigma).view(-1, 1, 1, 1)
         return (pixels - scale * found[..., :height, :width].to(pixels.dtype)).clamp(0, 1)
+
+    def _predicted(self, folded: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        level = self.embedding(self.waves(sigma * 1000).to(folded.dtype))
+        here, passed = self.enter(folded), []
+        for encode, down in zip(self.encode, self.down, strict=True):
+            passed.append(encode(here, level))
+            here = down(passed[-1])
+        for block in self.bottom:
+            here = block(here, level)
+        for decode, up in zip(reversed(self.decode), reversed(self.up), strict=True):
+            here = decode(torch.cat([pixel_shuffle(up(here), 2), passed.pop()], dim=1), level)
+        found: torch.Tensor = self.leave(here)
+        return found

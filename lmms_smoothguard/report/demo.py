@@ -12,6 +12,7 @@ from lmms_smoothguard.evaluation.records import Run, read_record, write_run
 from lmms_smoothguard.evaluation.runs import load_samples
 from lmms_smoothguard.report.experiments import ATTACKED, Experiment, run, summarize
 from lmms_smoothguard.report.page import write_page
+from lmms_smoothguard.report.smoothed import SMOOTHED
 from lmms_smoothguard.report.stronger import STRONGER
 from lmms_smoothguard.report.tables import print_table
 from lmms_smoothguard.tiny.model import MODEL_DIR
@@ -51,7 +52,7 @@ REST = (
 )  # fmt: skip
 
 
-EXPERIMENTS = (*DEMO, *REST, *STRONGER)
+EXPERIMENTS = (*DEMO, *REST, *STRONGER, *SMOOTHED)
 """Everything that has a result file of its own, in the order in which they are run."""
 
 

@@ -1,0 +1,51 @@
+"""The table of feature smoothing: every defence of it, beside the undefended model and SmoothGuard, under the same attacks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lmms_smoothguard.report.experiments import Experiment
+
+_PIXEL = {"sigma": "0.2", "noise_space": "pixel"}
+_FS = {"defense": "feature_smoothing", "num_samples": "8", "sigma": "0.2"}
+_P, _PM = {"booster": "psm", "mapper": "false"}, {"booster": "psm"}
+_FARE, _TECOA = {"vision_tower": "tiny-fare"}, {"vision_tower": "tiny-tecoa"}
+_BOTH = {"defense": "smoothguard+feature_smoothing", "feature_samples": "8", "feature_sigma": "0.1"} | _PIXEL
+
+
+@dataclass(frozen=True)
+class Row:
+    """name: of its records; about: what the table calls it; model_args: as lmms-eval takes them; adaptive: whether there is
+    randomness for an attacker to average over."""
+
+    name: str
+    about: str
+    model_args: Mapping[str, str]
+    adaptive: bool = True
+
+
+ROWS = (
+    Row("fs_plain", "undefended", {"defense": "none"}, adaptive=False),
+    Row("fs_fare", "FARE", {"defense": "none"} | _FARE, adaptive=False),
+    Row("fs_tecoa", "TeCoA", {"defense": "none"} | _TECOA, adaptive=False),
+    Row("fs", "FS", _FS),
+    Row("fs_p", "FS + P", _FS | _P),
+    Row("fs_pm", "FS + P + M", _FS | _PM),
+    Row("fs_fare_pm", "FARE + FS + PSM", _FS | _PM | _FARE),
+    Row("fs_smoothguard", "SmoothGuard", _PIXEL),
+    Row("fs_both", "SmoothGuard + FS", _BOTH),
+)
+"""Fixed beforehand: n0 = 8 passes of sigma 0.2; SmoothGuard with N = 10 copies of sigma 0.2; over smoothed features their sigma is 0.1."""
+
+TASKS = ("shapes_pope", "shapes_pope_pgd", "shapes_pope_apgd", "shapes_pope_feature", "shapes_pope_pgd_l2_matched",
+         "shapes_pope_pgd_eps8", "shapes_pope_faint", "shapes_caption", "shapes_caption_pgd")  # fmt: skip
+_ADAPTIVE = {"attack_steps": "100", "attack_batch_size": "128"}
+
+STANDARD = tuple(Experiment(row.name, row.model_args, TASKS, 420, about=row.about) for row in ROWS)
+ADAPTIVE = tuple(
+    Experiment(f"{row.name}_eot", row.model_args | _ADAPTIVE, ("shapes_pope_eot",), 200, about=row.about)
+    for row in ROWS
+    if row.adaptive
+)
+SMOOTHED = (*STANDARD, *ADAPTIVE)
