@@ -96,7 +96,7 @@ def run(
     result: dict[str, Any] = {
         "name": "bench",
         "command": "python benchmarks/" + shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "environment": {**environment(), **_hardware(device)},
+        "environment": {**environment(), **hardware(device)},
         "setting": dict(variants.SETTING),
         "seed": seed,
         "models": {},
@@ -226,7 +226,8 @@ def memory_here(variant: str, model: str, tokens: int, threads: Threads = None) 
     print(json.dumps(memory.here(variant, model, Length(tokens))))
 
 
-def _hardware(device: str) -> dict[str, Any]:
+def hardware(device: str) -> dict[str, Any]:
+    """What the machine has beside what `environment` says."""
     found: dict[str, Any] = {"device": device, "torch_threads": torch.get_num_threads(), "system": platform.system()}
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)

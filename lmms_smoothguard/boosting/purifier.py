@@ -60,8 +60,8 @@ class Purifier(torch.nn.Module):
         self.up = torch.nn.ModuleList(torch.nn.Conv2d(lower, 4 * upper, 1) for upper, lower in deeper)
         self.decode = torch.nn.ModuleList(block(2 * width, width) for width in widths[:-1])
         self.leave = torch.nn.Conv2d(widths[0], channels, 3, padding=1)
-        torch.nn.init.zeros_(self.leave.weight)
-        torch.nn.init.zeros_(self.leave.bias)
+        for parameter in self.leave.parameters():
+            torch.nn.init.zeros_(parameter)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, pixels: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

@@ -49,3 +49,52 @@ ADAPTIVE = tuple(
     if row.adaptive
 )
 SMOOTHED = (*STANDARD, *ADAPTIVE)
+
+
+@dataclass(frozen=True)
+class Certification:
+    """A run of `smoothguard certify`; name: of its record; options: of the command line, without --out."""
+
+    name: str
+    arguments: tuple[str, ...]
+
+
+_RADII = ("--radii", ".1,.25,.5")
+_FEATURES = ("tiny-llava", "shapes_pope", "--sigma", "0.2", "--n", "256", "--limit", "1200", *_RADII)
+_CLASSES = (
+    "tiny-clip",
+    "shapes_single",
+    "--what",
+    "classes",
+    "--sigma",
+    "0.2",
+    "--n",
+    "500",
+    "--n-select",
+    "64",
+    *_RADII,
+)
+_ANSWERS = ("tiny-llava", "shapes_pope", "--what", "answers", "--sigma", "0.2", "--n", "500", "--n-select", "64",
+            "--limit", "420", *_RADII)  # fmt: skip
+_PSM, _PURIFIER = ("--booster", "psm"), ("--booster", "psm", "--no-mapper")
+
+CERTIFICATIONS = (
+    Certification("certified_fs", _FEATURES),
+    Certification("certified_fs_p", (*_FEATURES, *_PURIFIER)),
+    Certification("certified_fs_pm", (*_FEATURES, *_PSM)),
+    Certification("certified_fs_fare", (*_FEATURES, "--vision-tower", "tiny-fare")),
+    Certification("certified_fs_fare_pm", (*_FEATURES, *_PSM, "--vision-tower", "tiny-fare")),
+    Certification("certified_classes", _CLASSES),
+    Certification("certified_classes_p", (*_CLASSES, *_PURIFIER)),
+    Certification("certified_classes_pm", (*_CLASSES, *_PSM)),
+    Certification("certified_answers", _ANSWERS),
+)
+CERTIFIED = (
+    ("FS", "certified_fs", "certified_classes"),
+    ("FS + P", "certified_fs_p", "certified_classes_p"),
+    ("FS + P + M", "certified_fs_pm", "certified_classes_pm"),
+    ("FARE + FS", "certified_fs_fare", ""),
+    ("FARE + FS + PSM", "certified_fs_fare_pm", ""),
+    ("SmoothGuard's noisy vote (answers)", "", "certified_answers"),
+)
+"""(what the table calls it, the record of its features, that of its classes or answers)."""

@@ -1,0 +1,78 @@
+"""The tables of feature smoothing in Markdown: attacks and utility, then certificates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from lmms_smoothguard.certifying.records import CertificateRecord
+from lmms_smoothguard.evaluation.figures import Figure
+from lmms_smoothguard.evaluation.records import Record
+from lmms_smoothguard.report.smoothed import CERTIFIED, ROWS
+
+_COLUMNS = (
+    ("clean accuracy", "shapes_pope", "accuracy"),
+    ("faint objects", "shapes_pope_faint", "accuracy"),
+    ("captions exact", "shapes_caption", "accuracy"),
+    ("PGD 4/255", "shapes_pope_pgd", "asr"),
+    ("APGD 4/255", "shapes_pope_apgd", "asr"),
+    ("PGD L2 1.74", "shapes_pope_pgd_l2_matched", "asr"),
+    ("feature 8/255", "shapes_pope_feature", "asr"),
+    ("PGD 8/255", "shapes_pope_pgd_eps8", "asr"),
+    ("captions, PGD 4/255", "shapes_caption_pgd", "asr"),
+)
+"""(heading, task, figure)."""
+
+
+def attacks_markdown(records: Mapping[str, Record]) -> str:
+    """One line a defence: utility, ASR of standard and adaptive attacks, time. Percent with 95 % intervals; records by name."""
+    present = [row for row in ROWS if row.name in records]
+    heads = ["defence", *(head for head, _, _ in _COLUMNS), "adaptive: PGD 4/255, EOT 8, 100 steps", "ms / answer"]
+    lines = [heads, ["---"] * len(heads)]
+    for row in present:
+        record, adaptive = records[row.name], records.get(f"{row.name}_eot")
+        cells = [_of(record, task, figure) for _, task, figure in _COLUMNS]
+        through = "-" if adaptive is None else _of(adaptive, "shapes_pope_eot", "asr")
+        seconds = record.tasks["shapes_pope"].figures["seconds_per_answer"].value
+        lines.append([row.about, *cells, through, "-" if seconds is None else f"{1000 * seconds:.0f}"])
+    return _table(lines)
+
+
+def certificates_markdown(records: Mapping[str, CertificateRecord]) -> str:
+    """One line a certified smoothing: S, the mean FCSB and certified accuracy at three radii."""
+    radii = next(iter(records.values())).asked["radii"]
+    heads = [
+        "defence", "S", *(f"bound of the cosine, r = {r:g}" for r in radii), "accuracy, zero-shot",
+        *(f"certified accuracy, r = {r:g}" for r in radii),
+    ]  # fmt: skip
+    lines = [heads, ["---"] * len(heads)]
+    for about, features, votes in CERTIFIED:
+        felt, voted = records.get(features), records.get(votes)
+        if felt is None and voted is None:
+            continue
+        cells = ["-"] * (1 + len(radii)) if felt is None else [_number(felt.figures["S"])]
+        cells += [] if felt is None else [_number(felt.figures[f"inner@{r:g}"]) for r in radii]
+        cells += ["-"] * (1 + len(radii)) if voted is None else [_percent(voted.figures["accuracy"])]
+        cells += [] if voted is None else [_percent(voted.figures[f"certified_accuracy@{r:g}"]) for r in radii]
+        lines.append([about, *cells])
+    return _table(lines)
+
+
+def _of(record: Record, task: str, figure: str) -> str:
+    found = record.tasks.get(task)
+    return "-" if found is None or figure not in found.figures else _percent(found.figures[figure])
+
+
+def _percent(found: Figure) -> str:
+    if found.value is None or found.low is None or found.high is None:
+        return "-"
+    return f"{100 * found.value:.1f} ({100 * found.low:.1f}-{100 * found.high:.1f})"
+
+
+def _number(found: Figure) -> str:
+    if found.value is None or found.low is None or found.high is None:
+        return "-"
+    return f"{found.value:.3f} ({found.low:.3f}-{found.high:.3f})"
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
