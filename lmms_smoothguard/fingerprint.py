@@ -15,7 +15,8 @@ _INERT = ("smoothguard", "transformers_version", "_from_model_config")
 def model_fingerprint(model: Any) -> str:
     """A digest of the model's configs and of a sample of every parameter: which weights, without reading all of them."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    generation = {k: v for k, v in model.generation_config.to_dict().items() if k not in _INERT}
+    plan = getattr(model, "generation_config", None)  # a dual encoder generates nothing
+    generation = None if plan is None else {k: v for k, v in plan.to_dict().items() if k not in _INERT}
     hasher = hashlib.sha256(
         json.dumps([type(model).__name__, config, generation], default=str, sort_keys=True).encode()
     )

@@ -70,7 +70,14 @@ class CertifyRun:
             raise ConfigError(
                 f"sigma is {self.sigma!r}; expected at most {_LARGEST_SIGMA:g}, in [0, 1] pixel units: no picture is left beyond"
             )
-        for name, least in (("n0", 2), ("n", 2), ("n_select", 1), ("batch_size", 1), ("limit", 1), ("max_new_tokens", 1)):
+        for name, least in (
+            ("n0", 2),
+            ("n", 2),
+            ("n_select", 1),
+            ("batch_size", 1),
+            ("limit", 1),
+            ("max_new_tokens", 1),
+        ):
             if (value := getattr(self, name)) is not None:
                 checked_count(value, name, least)
         checked_count(self.seed, "seed", 0)
@@ -97,11 +104,15 @@ class CertifyRun:
         if self.what == CLASSES:
             for prompt in self.prompts:
                 if "{}" not in prompt:
-                    raise ConfigError(f"prompt is {prompt!r}; expected a sentence with {{}} for the class, such as 'a photo of {{}}'")
+                    raise ConfigError(
+                        f"prompt is {prompt!r}; expected a sentence with {{}} for the class, such as 'a photo of {{}}'"
+                    )
             if not self.prompts:
                 raise ConfigError("prompts are empty; expected one at least, such as 'a photo of {}'")
             if len(set(self.classes)) < len(self.classes) or len(self.classes) == 1:
-                raise ConfigError(f"classes are {self.classes}; expected two or more different names, or none for the data's labels")
+                raise ConfigError(
+                    f"classes are {self.classes}; expected two or more different names, or none for the data's labels"
+                )
         elif self.classes:
             raise ConfigError(f"classes are given, and --what is {self.what}; expected --what classes beside them")
 

@@ -22,7 +22,9 @@ def certify(
     ],
     data: Annotated[
         str,
-        typer.Argument(help="A folder of pictures, a parquet / json / jsonl / csv file, a data set, or an lmms-eval task."),
+        typer.Argument(
+            help="A folder of pictures, a parquet / json / jsonl / csv file, a data set, or an lmms-eval task."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Directory of the run; started again, it goes on where it was.")],
     what: Annotated[
@@ -68,7 +70,9 @@ def certify(
     ] = "",
     prompts: Annotated[
         list[str] | None,
-        typer.Option("--prompt", rich_help_panel=_CERTIFICATE, help="A sentence with {} for the class; may be repeated."),
+        typer.Option(
+            "--prompt", rich_help_panel=_CERTIFICATE, help="A sentence with {} for the class; may be repeated."
+        ),
     ] = None,
     split: Annotated[
         str | None, typer.Option(rich_help_panel=_DATA, help="Of a data set: test, or config:test.")
@@ -80,7 +84,9 @@ def certify(
     ] = None,
     columns: Annotated[
         list[str] | None,
-        typer.Option("--column", rich_help_panel=_DATA, help="What a column is: --column label=answer; may be repeated."),
+        typer.Option(
+            "--column", rich_help_panel=_DATA, help="What a column is: --column label=answer; may be repeated."
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(rich_help_panel=_DATA, help="Of an answer; a task's own, else 32.")
@@ -143,7 +149,9 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
     try:
         return tuple(dict.fromkeys(float(part) for part in text.split(",") if part.strip()))
     except ValueError as error:
-        raise ConfigError(f"{option} is {text!r}; expected numbers with commas between them, such as .1,.25,.5") from error
+        raise ConfigError(
+            f"{option} is {text!r}; expected numbers with commas between them, such as .1,.25,.5"
+        ) from error
 
 
 def _columns(given: Sequence[str] | None) -> dict[str, str | None]:
@@ -173,5 +181,5 @@ def _command(context: typer.Context, asked: object) -> str:
             words.append(option if value else f"--no-{option.removeprefix('--')}")
             continue
         for one in value if isinstance(value, list | tuple) else [value]:
-            words += [option, plain_name(one) if name == "booster" else str(one)]
+            words += [option, plain_name(str(one)) if name == "booster" else str(one)]
     return shlex.join(words)
