@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PARITY := .venv-parity
-EXTRAS := lmms-eval,embedders,report,training,attack,dev
+EXTRAS := lmms-eval,embedders,report,training,attack,booster,dev
 
 .PHONY: demo test test-slow lint results bench parity testsets clean
 

@@ -15,8 +15,8 @@ _INERT = ("smoothguard", "transformers_version", "_from_model_config")
 def model_fingerprint(model: Any) -> str:
     """A digest of the model's configs and of a sample of every parameter: which weights, without reading all of them."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    plan = getattr(model, "generation_config", None)  # a dual encoder generates nothing
-    generation = None if plan is None else {k: v for k, v in plan.to_dict().items() if k not in _INERT}
+    generating = getattr(model, "generation_config", None)  # encoders have none
+    generation = {} if generating is None else {k: v for k, v in generating.to_dict().items() if k not in _INERT}
     hasher = hashlib.sha256(
         json.dumps([type(model).__name__, config, generation], default=str, sort_keys=True).encode()
     )

@@ -19,6 +19,7 @@ import torch
 
 import hf_integration
 from lmms_smoothguard.choice import Choice
+from lmms_smoothguard.encoders import TowerProvenance, check_tower, load_vision_tower
 from lmms_smoothguard.errors import ConfigError, did_you_mean
 from lmms_smoothguard.evaluation.questions import Question
 from lmms_smoothguard.reproducible import reproducible_sums
@@ -43,18 +44,31 @@ class Subject:
 
     pretrained: a hub id, a directory, or `tiny-llava` for the embedded model; device: None = the GPU if there is one;
     dtype: "auto" is the checkpoint's. Weights are read from safetensors only, and a checkpoint's own code is run only
-    where `trust_remote_code` says so. Raises ConfigError for what cannot be loaded.
+    where `trust_remote_code` says so. vision_tower, vision_tower_resolution: `source` and `resolution` of
+    `encoders.load_vision_tower`, None = the model's own tower. Raises ConfigError for what cannot be loaded.
     """
 
+    tower: TowerProvenance | None = None
+
     def __init__(
-        self, pretrained: str, device: str | None = None, dtype: str = "auto", *, trust_remote_code: bool = False
+        self,
+        pretrained: str,
+        device: str | None = None,
+        dtype: str = "auto",
+        *,
+        trust_remote_code: bool = False,
+        vision_tower: str | None = None,
+        vision_tower_resolution: str = "model",
     ) -> None:
         if dtype not in DTYPES:
             raise ConfigError(f"dtype is {dtype!r}; {did_you_mean(str(dtype), DTYPES)}")
+        check_tower(vision_tower, vision_tower_resolution)
         reproducible_sums()
         self.name = str(pretrained)
         self.device = _device(device)
         self.model, self.processor = _load(_place(self.name), self.device, dtype, trust_remote_code)
+        if vision_tower is not None:
+            self.tower = load_vision_tower(self.model, vision_tower, self.processor, vision_tower_resolution)
         hf_integration.enable()
         hf_integration.attach(self.model, self.processor)
 

@@ -268,10 +268,10 @@ def test_the_loss_is_the_models_own_over_the_minibatch(trained, lessons, corpus,
     crafter = UniversalCrafter(model, processor, AttackCache(tmp_path), batch_size=2)
     clean = (torch.from_numpy(base / np.float32(255)).permute(2, 0, 1)[None],)
     renderer = Renderer(processor, model.device, torch.float32)
-    loss = crafter._corpus_loss("key", made, renderer, clean, taught)
+    loss = crafter._corpus_loss("key", made, renderer, clean, taught, None)
     every = Minibatches({number: [number] for number in range(12)}, 12, 0)
     every.draw = lambda: [[number] for number in range(12)]  # the whole corpus, one at a time
-    single = crafter._corpus_loss("key", made, renderer, clean, taught)
+    single = crafter._corpus_loss("key", made, renderer, clean, taught, None)
     single._minibatches = every
     expected = []
     for lesson in taught:
@@ -331,9 +331,9 @@ def test_eot_draws_the_defences_noise_anew_for_every_step_and_row(craft, corpus,
     drawn = []
     own = Crafter._perturbation
 
-    def watched(self, chosen, keys):
+    def watched(self, chosen, keys, drawing):
         drawn.extend(keys)
-        return own(self, chosen, keys)
+        return own(self, chosen, keys, drawing)
 
     monkeypatch.setattr(Crafter, "_perturbation", watched)
     weak, strong = (choose({"sigma": sigma, "noise_space": "pixel"}) for sigma in (0.01, 0.3))

@@ -15,6 +15,7 @@ _ATTACK = "The attack"
 _DEFENSE = "The defence"
 _DATA = "The data"
 _MACHINE = "The machine"
+_MODEL = "The model"
 
 
 def attack(
@@ -91,6 +92,16 @@ def attack(
         bool, typer.Option("--trust-remote-code", rich_help_panel=_MACHINE, help="Run the checkpoint's own code.")
     ] = False,
     cache: Annotated[Path | None, typer.Option(rich_help_panel=_MACHINE, help="Of adversarial images.")] = None,
+    vision_tower: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_MODEL,
+            help="Another CLIP tower: a hub id, directory or .safetensors file (transformers, open_clip), tiny-fare, tiny-tecoa.",
+        ),
+    ] = None,
+    vision_tower_resolution: Annotated[
+        str, typer.Option(rich_help_panel=_MODEL, help="model, or source: a LLaVA sees pictures of the tower's size.")
+    ] = "model",
 ) -> None:
     """Craft adversarial images for any questions: PNG files and attacks.parquet, with the answers before and after.
 
@@ -128,6 +139,8 @@ def attack(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         cache=cache,
+        vision_tower=vision_tower,
+        vision_tower_resolution=vision_tower_resolution,
     )
     summary = run_attack(asked)
     if summary is not None:

@@ -30,6 +30,7 @@ def described(asked: AttackRun, subject: Subject, questions: Questions, judge: L
             "name": _last_part(asked.model),
             "fingerprint": subject.fingerprint,
             "dtype": str(subject.model.dtype).removeprefix("torch."),
+            "vision_tower": None if subject.tower is None else subject.tower.identity(),
             **subject.processing(),
         },
         "data": {

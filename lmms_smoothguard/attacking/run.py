@@ -46,7 +46,12 @@ def run_attack(asked: AttackRun) -> dict[str, Any] | None:
         max_new_tokens=asked.max_new_tokens or questions.max_new_tokens or MAX_NEW_TOKENS,
     )
     subject = Subject(
-        asked.model, processes.device(asked.device), asked.dtype, trust_remote_code=asked.trust_remote_code
+        asked.model,
+        processes.device(asked.device),
+        asked.dtype,
+        trust_remote_code=asked.trust_remote_code,
+        vision_tower=asked.vision_tower,
+        vision_tower_resolution=asked.vision_tower_resolution,
     )
     settings = described(asked, subject, questions, rules.judge)
     with processes.main_first():

@@ -178,10 +178,12 @@ def _setting(values: Sequence[Any], field: str) -> Any:
 
 def _card(settings: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     """With its head `datasets.load_dataset(DIR)` finds the table, whatever images are called."""
+    tower = settings["model"].get("vision_tower")
+    model = settings["model"]["name"] + ("" if tower is None else f" with the vision tower {tower['source']}")
     lines = [
         "---", "configs:", "- config_name: default", "  data_files:", "  - split: test", f"    path: {ATTACKS}", "---", "",
         "# Adversarial images", "",
-        f"Crafted on {settings['model']['name']} for {settings['data']['source']} with {settings['attack']['name']}; all settings "
+        f"Crafted on {model} for {settings['data']['source']} with {settings['attack']['name']}; all settings "
         "are in `settings.json`.", "", *describe(summary),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"

@@ -157,11 +157,7 @@ class FeatureLoss:
     def _features(self, pictures: Pictures, *, noisy: bool) -> torch.Tensor:
         """(rows, tokens, width) of the bare pictures, or (draws * rows, ...) of every draw of the defence's noise."""
         rows = len(pictures[0])
-        if noisy:
-            rendered, draws = self._threat.rendered(pictures)
-        else:
-            rendered = self._threat.renderer(pictures)
-            draws = [rendered[PIXELS]]
+        rendered, draws = self._threat.rendered(pictures, noisy=noisy)
         text = {name: torch.cat([value] * (rows // len(self._generators))) for name, value in self._text.items()}
         inputs = tile({**text, **rendered}, draws, PIXELS)
         return image_features(self._threat.model, inputs, rows * len(draws))

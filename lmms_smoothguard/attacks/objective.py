@@ -85,14 +85,18 @@ class Threat:
     draws: int = 1
     expect: Callable[[int, int], None] | None = None
 
-    def rendered(self, pictures: Pictures) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-        """The inputs that pictures of any number of rows become, and their pixels in every draw, differentiably."""
-        inputs = self.renderer(pictures)
+    def rendered(self, pictures: Pictures, *, noisy: bool = True) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        """The inputs that pictures of any number of rows become, and their pixels in every draw, differentiably.
+
+        noisy: False for the pixels as they are, whatever a defence does to them.
+        """
+        inputs, perturb = self.renderer(pictures), self.perturb if noisy else None
+        draws = self.draws if perturb is not None else 1
         if self.expect is not None:
-            self.expect(len(pictures[0]), self.draws)
-        if self.perturb is None:
+            self.expect(len(pictures[0]), draws)
+        if perturb is None:
             return inputs, [inputs[PIXELS]]
-        return inputs, [self.perturb(inputs, len(pictures[0])) for _ in range(self.draws)]
+        return inputs, [perturb(inputs, len(pictures[0])) for _ in range(draws)]
 
 
 def answer_ids(tokenizer: Any, prompt_ids: Sequence[int], text: str) -> list[int]:

@@ -12,7 +12,6 @@ from PIL import Image
 from lmms_smoothguard.errors import ConfigError
 
 EMBEDDED = "tiny-clip"
-_OURS = Path(__file__).parents[1] / "tiny" / "clip"
 
 
 class DualEncoder:
@@ -77,10 +76,8 @@ def _embedding(output: Any) -> torch.Tensor:
 
 def _place(pretrained: str) -> str:
     if pretrained == EMBEDDED:
-        if not _OURS.is_dir():
-            raise ConfigError(
-                f"model is {EMBEDDED!r}, whose weights are not in this installation; expected {_OURS.name}/"
-            )
-        return str(_OURS)
+        from lmms_smoothguard.tiny.clip_model import CLIP_DIR
+
+        return str(CLIP_DIR)
     path = Path(pretrained).expanduser()
     return str(path) if path.is_dir() else pretrained

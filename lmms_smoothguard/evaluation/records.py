@@ -44,11 +44,13 @@ from lmms_smoothguard.files import replace_file
 @dataclass(frozen=True, kw_only=True)
 class ModelRecord:
     """name: the id on a hub, or the last part of a directory's path; fingerprint: of the weights, as attacks make it
-    (`fingerprint.model_fingerprint`), None where it was not taken."""
+    (`fingerprint.model_fingerprint`), None where it was not taken; vision_tower: `encoders.TowerProvenance.to_dict()` where the
+    model sees with another tower than its own, else None."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     name: str
     fingerprint: str | None = None
+    vision_tower: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

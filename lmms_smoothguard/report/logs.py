@@ -20,6 +20,7 @@ from lmms_smoothguard.evaluation.summaries import figures_of
 from lmms_smoothguard.evaluation.titles import attack_access
 from lmms_smoothguard.harness.lmms_eval.discovery import tasks_path
 from lmms_smoothguard.harness.lmms_eval.options import Options, take_options
+from lmms_smoothguard.harness.lmms_eval.reporting import TOWER
 from lmms_smoothguard.report.documents import is_embedded, scenes_of
 from lmms_smoothguard.tiny.model import MODEL_DIR
 
@@ -54,7 +55,7 @@ def run_of_logs(
         name=name,
         about=about,
         command=_command(results, tasks) if command is None else command,
-        model=_model(_arguments(results)["pretrained"], logged, AttackCache(cache or options.attack_cache)),
+        model=_model(results, logged, AttackCache(cache or options.attack_cache)),
         tasks=stored,
         defense=None if options.defense is None else options.defense.to_dict(),
         seeds=_seeds(results, options, stored),
@@ -212,12 +213,17 @@ def _seeds(results: Mapping[str, Any], options: Options, tasks: Mapping[str, Tas
     return found
 
 
-def _model(pretrained: str, logged: Mapping[str, Sequence[Sample]], cache: AttackCache) -> ModelRecord:
-    """The model by name, its fingerprint from the attacks on it; the embedded one's is taken anew where nothing attacked it."""
+def _model(results: Mapping[str, Any], logged: Mapping[str, Sequence[Sample]], cache: AttackCache) -> ModelRecord:
+    """The model by name, its fingerprint from the attacks on it; the embedded one's is taken anew where nothing attacked it.
+    One with another vision tower has its fingerprint in the results."""
+    pretrained = _arguments(results)["pretrained"]
+    tower = dict(results.get(TOWER) or {}) or None
     told = [[sample.info.get("attack_key") for sample in samples] for samples in logged.values()]
     keys = [next(filter(None, listed), None) for listed in told]
     entries = [cache.get(key) for key in keys if key]
     prints = {str(entry.record["model"]) for entry in entries if entry is not None and "model" in entry.record}
+    if tower is not None:
+        prints.add(str(tower.pop("model_fingerprint")))
     if len(prints) > 1:
         raise SmoothGuardError(
             f"the attacks were crafted on models {', '.join(sorted(prints))}; expected one model a run"
@@ -228,7 +234,7 @@ def _model(pretrained: str, logged: Mapping[str, Sequence[Sample]], cache: Attac
         prints = {_embedded_fingerprint()}
     local = path.is_absolute() or pretrained.startswith((".", "~")) or Path(pretrained).is_dir()
     name = EMBEDDED_MODEL if embedded else path.name if local else pretrained
-    return ModelRecord(name=name, fingerprint=next(iter(prints), None))
+    return ModelRecord(name=name, fingerprint=next(iter(prints), None), vision_tower=tower)
 
 
 def _embedded_fingerprint() -> str:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _GRID = "The grid"
 _DATA = "The data"
 _MACHINE = "The machine"
+_MODEL = "The model"
 _PRESET = "Fixed sweeps"
 
 
@@ -71,6 +72,16 @@ def sweep(
     cache: Annotated[
         Path | None, typer.Option(rich_help_panel=_MACHINE, help="Of adversarial images and answers.")
     ] = None,
+    vision_tower: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_MODEL,
+            help="Another CLIP tower: a hub id, directory or .safetensors file (transformers, open_clip), tiny-fare, tiny-tecoa.",
+        ),
+    ] = None,
+    vision_tower_resolution: Annotated[
+        str, typer.Option(rich_help_panel=_MODEL, help="model, or source: a LLaVA sees pictures of the tower's size.")
+    ] = "model",
     preset: Annotated[
         str | None, typer.Option(rich_help_panel=_PRESET, help="readme: what the README shows, on the embedded model.")
     ] = None,
@@ -125,12 +136,14 @@ def sweep(
              "set": settings, "aggregator": aggregator, "embedder": _shown_embedders(grid), "clean-copy": clean_copy,
              "seeds": seeds, "split": split, "limit": limit, "question": question, "column": columns,
              "max-new-tokens": max_new_tokens, "dtype": dtype}  # fmt: skip
+    own_tower = vision_tower is None and vision_tower_resolution == "model"
+    tower = {} if own_tower else {"vision_tower": vision_tower, "vision_tower_resolution": vision_tower_resolution}
     from lmms_smoothguard.harness.questions import find_questions
 
     named = {key: None if value == "none" else value for key, value in grids.pairs("--column", columns or ()).items()}
     questions = find_questions(data, split=split, limit=limit, question=question, columns=named)
     _run(model, questions, grid, out, cache or default_cache_dir(), asked,
-         {"max_new_tokens": max_new_tokens, "batch_size": batch_size}, device, dtype)  # fmt: skip
+         {"max_new_tokens": max_new_tokens, "batch_size": batch_size}, device, dtype, tower)  # fmt: skip
 
 
 def _run(
@@ -143,6 +156,7 @@ def _run(
     options: Mapping[str, Any],
     device: str | None,
     dtype: str,
+    tower: Mapping[str, Any],
 ) -> None:
     from lmms_smoothguard.evaluation.records import write_with_samples
     from lmms_smoothguard.subject import Subject
@@ -150,7 +164,10 @@ def _run(
     from lmms_smoothguard.sweeps.drawing import draw_all
     from lmms_smoothguard.sweeps.tables import describe
 
-    subject = Subject(model, device, dtype)
+    subject = Subject(model, device, dtype, **tower)
+    if subject.tower is not None:
+        shown = subject.tower.source, tower["vision_tower_resolution"]
+        asked = dict(asked) | dict(zip(("vision-tower", "vision-tower-resolution"), shown, strict=True))
     session.refuse_another(out / "sweep.json", subject, questions)
     record, samples = session.sweep(
         subject,

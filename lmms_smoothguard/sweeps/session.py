@@ -49,7 +49,11 @@ def sweep(
         name=name,
         about=about,
         command=command,
-        model=ModelRecord(name=plain_name(subject.name), fingerprint=subject.fingerprint),
+        model=ModelRecord(
+            name=plain_name(subject.name),
+            fingerprint=subject.fingerprint,
+            vision_tower=None if subject.tower is None else subject.tower.to_dict(),
+        ),
         tasks={condition.name: _task(condition, questions) for condition in grid.conditions},
         points=points,
         seeds={"attack": _attack_seeds(grid), "defense": list(grid.seeds)},

@@ -88,19 +88,30 @@ def _shard(task: tuple[int, int, bool]) -> SceneSet:
     return make_scenes(count, seed, faint=faint)
 
 
-def training_scenes(recipe: Recipe) -> SceneSet:
-    """Ordinary scenes first, then faint ones; drawn on all cores, the same on any number of them."""
+def draw_shards(tasks: list[tuple[int, int, bool]]) -> SceneSet:
+    """Scenes of (count, seed, faint) each, one after the other; drawn on all cores, the same on any number of them."""
     import multiprocessing
 
-    base = _FIRST_TRAINING_SHARD + 100_000 * recipe.seed
-    tasks = [
-        (min(_SHARD, total - start), base + start // _SHARD, faint)
-        for total, faint in ((recipe.ordinary_scenes, False), (recipe.faint_scenes, True))
-        for start in range(0, total, _SHARD)
-    ]
+    if len(tasks) == 1:
+        return _shard(tasks[0])
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         shards = pool.map(_shard, tasks, chunksize=1)
     return SceneSet(*(np.concatenate(parts) for parts in zip(*shards, strict=True)))
+
+
+def shard_tasks(ordinary: int, faint: int, base: int) -> list[tuple[int, int, bool]]:
+    """What `draw_shards` draws for `ordinary` scenes and then `faint` ones, with seeds from `base` on."""
+    return [
+        (min(_SHARD, total - start), base + start // _SHARD, is_faint)
+        for total, is_faint in ((ordinary, False), (faint, True))
+        for start in range(0, total, _SHARD)
+    ]
+
+
+def training_scenes(recipe: Recipe) -> SceneSet:
+    """Ordinary scenes first, then faint ones."""
+    base = _FIRST_TRAINING_SHARD + 100_000 * recipe.seed
+    return draw_shards(shard_tasks(recipe.ordinary_scenes, recipe.faint_scenes, base))
 
 
 class Trainer:

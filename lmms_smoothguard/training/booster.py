@@ -21,12 +21,15 @@ from lmms_smoothguard.boosting.mapper import Mapper, MapperConfig
 from lmms_smoothguard.boosting.purifier import Purifier, PurifierConfig
 from lmms_smoothguard.checkpoints import load_checkpoint, optimizer_tensors, part, restore_optimizer, save_checkpoint
 from lmms_smoothguard.errors import ConfigError
+from lmms_smoothguard.evaluation.means import Mean, mean
 from lmms_smoothguard.fingerprint import weights_print
 from lmms_smoothguard.inputs.statistics import PixelStatistics, pixel_statistics
 from lmms_smoothguard.smoothing.towers import Tower, find_tower
 from lmms_smoothguard.training.pictures import TrainingPictures
 
 STAGES = ("purifier", "mapper")
+_HELD_OUT, _HELD_SHARE = 200, 0.1
+"""Pictures that are kept from training for the model card's figures: so many, or that share of a smaller set."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +66,15 @@ class BoosterTrainer:
         self._device = next(self._tower.module.parameters()).device
         self._statistics: PixelStatistics = pixel_statistics(model, getattr(processor, "image_processor", processor))
         self._size = tuple(pictures.batch(np.zeros(1, int)).shape[-2:])
+        order = np.random.default_rng(recipe.seed).permutation(len(pictures))
+        held = min(_HELD_OUT, max(1, round(_HELD_SHARE * len(order))))
+        self.held_out, self._order = order[:held], order[held:]
+        if not len(self._order):
+            raise ConfigError(
+                f"there are {len(pictures)} pictures; expected at least 2, for some are kept from training"
+            )
         model.requires_grad_(False).eval()
-        clean = self._features(pictures.batch(np.zeros(1, int)).to(self._device))
+        clean = self.features(pictures.batch(np.zeros(1, int)).to(self._device))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self.purifier = Purifier(recipe.purifier).to(self._device)
@@ -104,7 +114,7 @@ class BoosterTrainer:
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def _features(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def features(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What the model reads of its tower for pictures in [0, 1]: of each layer (batch, tokens, width)."""
         mean, std = (value.to(pixels.device).view(-1, 1, 1) for value in self._statistics[:2])
         layers = {"output_hidden_states": True} if self._tower.layers else {}
@@ -119,7 +129,8 @@ class BoosterTrainer:
     def take_step(self) -> dict[str, float]:
         """One optimiser step; the parts of the loss."""
         rng = np.random.default_rng([self.recipe.seed, self.stage, self.step])
-        clean = self._pictures.batch(rng.integers(0, len(self._pictures), self.recipe.batch), rng).to(self._device)
+        chosen = self._order[rng.integers(0, len(self._order), self.recipe.batch)]
+        clean = self._pictures.batch(chosen, rng).to(self._device)
         sigma = torch.from_numpy(rng.uniform(*self.recipe.sigmas, len(clean)).astype(np.float32)).to(self._device)
         noise = torch.from_numpy(rng.standard_normal(clean.shape, np.float32)).to(self._device)
         noisy = (clean + sigma.view(-1, 1, 1, 1) * noise).clamp(0, 1)
@@ -127,7 +138,7 @@ class BoosterTrainer:
             group["lr"] = self._learning_rate()
         with torch.autocast(self._device.type, torch.bfloat16):
             with torch.no_grad():
-                wanted = self._features(clean)
+                wanted = self.features(clean)
             losses = (
                 self._purifier_losses(clean, noisy, sigma, wanted)
                 if self.stage == 0
@@ -144,7 +155,7 @@ class BoosterTrainer:
         self._optimizer.step()
         self.step += 1
         self._average()
-        return {name: float(value) for name, (_, value) in losses.items()}
+        return {name: float(value.detach()) for name, (_, value) in losses.items()}
 
     def _purifier_losses(
         self, clean: torch.Tensor, noisy: torch.Tensor, sigma: torch.Tensor, wanted: tuple[torch.Tensor, ...]
@@ -152,14 +163,14 @@ class BoosterTrainer:
         purified = self.purifier(noisy, sigma).float()
         return {
             "pixels": (1.0, mse_loss(purified, clean)),
-            "features": (self.recipe.feature_weight, _apart(self._features(purified), wanted)),
+            "features": (self.recipe.feature_weight, _apart(self.features(purified), wanted)),
         }
 
     def _mapper_losses(
         self, noisy: torch.Tensor, sigma: torch.Tensor, wanted: tuple[torch.Tensor, ...]
     ) -> dict[str, tuple[float, torch.Tensor]]:
         with torch.no_grad():
-            found = self._features(self.purifier(noisy, sigma).float())
+            found = self.features(self.purifier(noisy, sigma).float())
         mapped = tuple(
             (mapper(one, sigma).float() if one.ndim == 3 else one)
             for mapper, one in zip(self.mappers, found, strict=True)
@@ -189,6 +200,39 @@ class BoosterTrainer:
             for name, value in self._trained().state_dict().items():
                 if name.startswith(prefix):
                     self._mean[name].lerp_(value, 1 - keep)
+
+    # -- what has been learnt ------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def held_out_figures(self, booster: Booster) -> dict[str, Mean]:
+        """By name, meaned over pictures that training never saw, one noisy copy of each at each noise level: S, the cosine between
+        what the model reads of the clean picture and of the copy; and the purifier's signal-to-noise ratio in dB."""
+        figures: dict[str, Mean] = {}
+        low, high = self.recipe.sigmas
+        for level in np.linspace(low, high, 4)[1:]:
+            rows: dict[str, list[float]] = {}
+            for start in range(0, len(self.held_out), self.recipe.batch):
+                for name, values in self._scores(
+                    booster, self.held_out[start : start + self.recipe.batch], float(level)
+                ).items():
+                    rows.setdefault(name, []).extend(values.tolist())
+            figures |= {f"{name}, sigma {level:.3g}": mean(values) for name, values in rows.items()}
+        return figures
+
+    def _scores(self, booster: Booster, chosen: np.ndarray, sigma: float) -> dict[str, torch.Tensor]:
+        clean = self._pictures.batch(chosen).to(self._device)
+        rng = np.random.default_rng([self.recipe.seed, 2, *chosen.tolist()])
+        noise = torch.from_numpy(rng.standard_normal(clean.shape, np.float32)).to(self._device)
+        noisy = (clean + sigma * noise).clamp(0, 1)
+        purified = booster.purify(noisy, sigma)
+        wanted, plain, behind = self.features(clean), self.features(noisy), self.features(purified)
+        found = {"S, tower alone": _cosines(plain, wanted), "S, with purifier": _cosines(behind, wanted)}
+        if booster.maps:
+            mapped = tuple(booster.map(layer, one, sigma) for layer, one in enumerate(behind))
+            found["S, with purifier and mapper"] = _cosines(mapped, wanted)
+        found["PSNR, noisy"] = -10 * (noisy - clean).square().mean((1, 2, 3)).log10()
+        found["PSNR, purified"] = -10 * (purified - clean).square().mean((1, 2, 3)).log10()
+        return found
 
     # -- the whole run, and its checkpoints ----------------------------------------------------------------------------
 
@@ -238,8 +282,13 @@ class BoosterTrainer:
 
 
 def _apart(found: tuple[torch.Tensor, ...], wanted: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """1 - cos, meaned over tokens and layers."""
-    return torch.stack([1 - cosine_similarity(f, w, dim=-1).mean() for f, w in zip(found, wanted, strict=True)]).mean()
+    """1 - cos, meaned over pictures, tokens and layers."""
+    return 1 - _cosines(found, wanted).mean()
+
+
+def _cosines(found: tuple[torch.Tensor, ...], wanted: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """(batch,): meaned over tokens and layers."""
+    return torch.stack([cosine_similarity(f, w, dim=-1).mean(-1) for f, w in zip(found, wanted, strict=True)]).mean(0)
 
 
 def _projector(model: Any, features: tuple[torch.Tensor, ...]) -> Any:

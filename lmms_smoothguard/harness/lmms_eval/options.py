@@ -14,6 +14,7 @@ from lmms_smoothguard.config import parse_scalar
 from lmms_smoothguard.errors import ConfigError, did_you_mean
 from lmms_smoothguard.judges.loading import judge_names
 
+_TOWER_KEYS = ("vision_tower", "vision_tower_resolution")
 _TASK_FIELDS = ("label", "target_field")  # in a task's metadata.attack only: names of document fields
 
 
@@ -29,13 +30,16 @@ class TaskAttack:
 @dataclasses.dataclass(frozen=True)
 class Options:
     """defense: None = the undefended run of the same wrapper; attack: settings of `--model_args`, over the task's own; judge:
-    names as in `lmms_smoothguard.judges.loading`."""
+    names as in `lmms_smoothguard.judges.loading`; vision_tower, vision_tower_resolution: as `encoders.load_vision_tower` takes
+    them, None = the model's own tower."""
 
     defense: Choice | None
     attack: dict[str, Any]
     attack_cache: Path
     attack_batch_size: int
     judge: str = "refusal"
+    vision_tower: str | None = None
+    vision_tower_resolution: str = "model"
 
     def attack_on(self, metadata: Mapping[str, Any]) -> TaskAttack | None:
         """The attack for a task with that metadata; None when neither names one."""
@@ -78,7 +82,10 @@ def take_options(kwargs: dict[str, Any], accepted: Sequence[str] = ()) -> Option
     # A bad value is refused before the model is loaded; options are those of an attack that only the task may name.
     AttackSettings.parse(attack if "name" in attack else {k: v for k, v in attack.items() if k in common_fields()})
     where = Path(cache).expanduser() if cache else default_cache_dir() / "attacks"
-    return Options(defense, attack, where, batch_size, judge)
+    # A few of lmms-eval's wrappers have a `vision_tower` of their own.
+    asked = [key for key in _TOWER_KEYS if key in kwargs and "vision_tower" not in accepted]
+    tower = {key: parse_scalar(kwargs.pop(key)) for key in asked}
+    return Options(defense, attack, where, batch_size, judge, **tower)
 
 
 def attack_keys() -> list[str]:
@@ -103,6 +110,7 @@ def explain_leftover(kwargs: Mapping[str, Any], accepted: Sequence[str], defense
                 "attack",
                 "attack_cache",
                 "attack_batch_size",
+                *_TOWER_KEYS,
                 *attack_keys(),
             ]
             raise ConfigError(f"unknown model argument {key!r}; {did_you_mean(key, known)}")

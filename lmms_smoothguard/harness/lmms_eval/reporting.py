@@ -2,7 +2,8 @@
 
 A wrapper sees requests and answers only, not where lmms-eval writes. So lmms-eval's `evaluate` is wrapped when our model is
 built, and its results get what the wrapper noted: for every attacked task an entry of `smoothguard_attacks` and the metric
-`attack_left_out`, and for tasks that do not report attacks themselves the same rates among their metrics.
+`attack_left_out`, and for tasks that do not report attacks themselves the same rates among their metrics; and where a model
+sees with another vision tower, `smoothguard_vision_tower`, with the fingerprint of the model that it makes.
 
 Every `evaluate` starts from an empty ledger, one with a model that is not ours too: its scores are of no earlier attack.
 """
@@ -20,10 +21,12 @@ from lmms_smoothguard.errors import AttackError, ConfigError, SmoothGuardError, 
 from lmms_smoothguard.evaluation.answers import same_answer, says
 from lmms_smoothguard.evaluation.rates import Rate, rate
 from lmms_smoothguard.evaluation.titles import attack_title
+from lmms_smoothguard.fingerprint import model_fingerprint
 from lmms_smoothguard.harness.lmms_eval import ledger, sharding
 from lmms_smoothguard.harness.lmms_eval.finishing import Finished, Finisher, tasks_of
 
 RESULTS = "smoothguard_attacks"
+TOWER = "smoothguard_vision_tower"
 _MARK = "__smoothguard_attacks__"
 
 
@@ -157,12 +160,21 @@ def install() -> None:
         if given.get("response_cache") is not None:
             _refuse_cached_answers(model, task_dict)
         model._sg_finisher = Finisher(task_dict, given.get("cli_args"))
+        tower = _tower(model)  # before: lmms-eval lets go of the model as soon as it has answered
         results = _with_reason(evaluate, *args, **kwargs)
         add(results, _of_all_processes(outcomes))
+        if results is not None and tower is not None:
+            results[TOWER] = tower
         return results
 
     setattr(reported, _MARK, True)
     evaluator.evaluate, evaluator.get_task_dict = reported, loaded
+
+
+def _tower(model: Any) -> dict[str, Any] | None:
+    """Which vision tower was put into the model, and which model that made; None for its own."""
+    tower = getattr(model, "_sg_tower", None)
+    return None if tower is None else tower.to_dict() | {"model_fingerprint": model_fingerprint(model._sg_model())}
 
 
 def _with_reason(evaluate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

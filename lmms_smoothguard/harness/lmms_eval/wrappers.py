@@ -21,6 +21,7 @@ import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts, unwrap_generation_output
 
 import hf_integration
+from lmms_smoothguard.encoders import TowerProvenance, check_tower, load_vision_tower
 from lmms_smoothguard.errors import ConfigError, UndefendableError, explain
 from lmms_smoothguard.harness.lmms_eval import judging, reporting, sharding
 from lmms_smoothguard.harness.lmms_eval.attacking import CLEAN, INFO, attacked_requests
@@ -46,6 +47,7 @@ class SmoothGuardMixin:
 
     _sg_options: Options
     _sg_outcomes: reporting.Outcomes
+    _sg_tower: TowerProvenance | None = None  # None: the model's own
     _sg_finisher: Finisher  # of the run in progress: `reporting` hands it over
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -62,6 +64,7 @@ class SmoothGuardMixin:
         self._sg_options = take_options(kwargs, accepted)
         explain_leftover(kwargs, accepted, self._sg_options.defense)
         judging.use(self._sg_options.judge)
+        check_tower(self._sg_options.vision_tower, self._sg_options.vision_tower_resolution)
         if not torch.cuda.is_available():  # upstream's defaults, "cuda" and "", do not work on a CPU
             if "device" in base_init:
                 kwargs["device"] = "cpu" if str(kwargs.get("device") or "cuda").startswith("cuda") else kwargs["device"]
@@ -71,6 +74,10 @@ class SmoothGuardMixin:
         hf_integration.enable()
         model = self._sg_model()
         processor = _find_processor(self)
+        if self._sg_options.vision_tower is not None:
+            self._sg_tower = load_vision_tower(
+                model, self._sg_options.vision_tower, processor, self._sg_options.vision_tower_resolution
+            )
         if processor is not None:
             hf_integration.attach(model, processor)
         defense = self._sg_options.defense

@@ -1,0 +1,163 @@
+"""`smoothguard train booster`: training with progress, held-out figures, the model card."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from lmms_smoothguard.boosting.booster import WEIGHTS, Booster, read_booster
+from lmms_smoothguard.boosting.purifier import PurifierConfig
+from lmms_smoothguard.errors import ConfigError
+from lmms_smoothguard.evaluation.means import Mean
+from lmms_smoothguard.subject import Subject
+from lmms_smoothguard.training.booster import STAGES, BoosterRecipe, BoosterTrainer
+from lmms_smoothguard.training.pictures import find_pictures
+
+
+def recipe_of(
+    *, seed: int, sigma_max: float, steps: int, mapper_steps: int, batch: int, widths: str, unshuffle: int, scale: float
+) -> BoosterRecipe:
+    """From the command line's options. Raises ConfigError for what cannot be meant."""
+    try:
+        levels = tuple(int(width) for width in widths.split(","))
+    except ValueError as error:
+        raise ConfigError(f"widths is {widths!r}; expected whole numbers such as 16,32,64") from error
+    if not levels or any(width < 8 or width % 8 for width in levels):
+        raise ConfigError(f"widths is {widths!r}; expected multiples of 8, such as 16,32,64")
+    if not 0 < sigma_max <= 5:
+        raise ConfigError(f"sigma_max is {sigma_max!r}; expected more than 0 and at most 5, in [0, 1] pixel units")
+    return BoosterRecipe(
+        seed=seed,
+        steps=(max(1, round(steps * scale)), round(mapper_steps * scale)),
+        batch=batch,
+        sigmas=(0.0, sigma_max),
+        purifier=PurifierConfig(unshuffle=unshuffle, widths=levels),
+    )
+
+
+def train(
+    model: str,
+    data: str,
+    out: Path,
+    recipe: BoosterRecipe,
+    *,
+    vision_tower: str | None = None,
+    device: str | None = None,
+    scale: float = 1.0,
+    checkpoint_every: int = 100,
+) -> dict[str, Mean]:
+    """Trains, or goes on training, into `out`; the finished booster, its card and its figures go to `out/booster`.
+
+    Raises SmoothGuardError for a model or data that cannot be had, or a checkpoint of another training.
+    """
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError as error:
+        raise ConfigError("training shows its progress with rich; pip install 'lmms-smoothguard[training]'") from error
+    console = Console()
+    subject = Subject(model, device, vision_tower=vision_tower)
+    pictures = find_pictures(data, subject.processor, seed=recipe.seed, scale=scale)
+    trainer = BoosterTrainer(recipe, subject.model, subject.processor, pictures, out)
+    if trainer.resume():
+        console.print(
+            f"going on from {out}: {STAGES[trainer.stage]}, step {trainer.step} of {recipe.steps[trainer.stage]}"
+        )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    with Progress(*columns, console=console) as bars:
+        rows = [
+            bars.add_task(name, total=steps, figures="", completed=steps if place < trainer.stage else 0)
+            for place, (name, steps) in enumerate(zip(STAGES, recipe.steps, strict=True))
+        ]
+        for stage, step, losses in trainer.run(checkpoint_every):
+            text = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
+            bars.update(rows[stage], completed=step + 1, figures=text if step % 10 == 0 else None)
+    target = out / "booster"
+    trainer.booster.save(target)
+    figures = trainer.held_out_figures(read_booster(target))
+    command = f"smoothguard train booster --model {model} --data {data} --seed {recipe.seed}"
+    command += f" --vision-tower {vision_tower}" if vision_tower else ""
+    command += f" --scale {scale:g}" if scale != 1 else ""
+    write_card(target, recipe, trainer.booster, figures, command, len(pictures))
+    console.print("\n".join(f"{name}: {_shown(value)}" for name, value in figures.items()))
+    console.print(f"done: {target}")
+    return figures
+
+
+def write_card(
+    target: Path, recipe: BoosterRecipe, booster: Booster, figures: dict[str, Mean], command: str, pictures: int
+) -> None:
+    """Writes `README.md` (the model card) and `figures.json` beside the weights."""
+    sizes = [
+        sum(p.numel() for p in part.parameters()) for part in (booster.purifier, booster.mappers) if part is not None
+    ]
+    record = {
+        "command": command,
+        "recipe": dataclasses.asdict(recipe),
+        "parameters": dict(zip(STAGES, sizes, strict=False)),
+        "figures": {name: value.figure().to_dict() for name, value in figures.items()},
+    }
+    (target / "figures.json").write_text(json.dumps(record, indent=1) + "\n")
+    (target / "README.md").write_text(
+        _CARD.format(
+            command=command,
+            purifier=sizes[0] / 1e6,
+            mapper=f", a mapper of {sizes[1] / 1e6:.2f} M" if len(sizes) > 1 else "",
+            megabytes=(target / WEIGHTS).stat().st_size / 1e6,
+            size=booster.size,
+            low=recipe.sigmas[0],
+            high=recipe.sigmas[1],
+            recipe=recipe,
+            pictures=pictures,
+            table="\n".join(f"| {name} | {_shown(value)} |" for name, value in figures.items()),
+        )
+    )
+
+
+def _shown(value: Mean) -> str:
+    interval = "" if value.low is None else f" ({value.low:.3f}-{value.high:.3f}, n = {value.count})"
+    return f"{value.value:.3f}{interval}"
+
+
+_CARD = """\
+---
+license: apache-2.0
+library_name: lmms-smoothguard
+---
+
+# A booster for feature-space smoothing
+
+A purifier of {purifier:.2f} M parameters{mapper}, {megabytes:.1f} MB in float16, trained for one vision tower, which stayed frozen; with another one
+it is refused. Pictures of {size[0]} x {size[1]}, noise of sigma {low:g} to {high:g} in [0, 1] pixel units.
+
+    {command}
+
+makes it again; another machine's arithmetic gives other weights of the same quality.
+
+    model.generation_config.smoothguard = {{"defense": "feature_smoothing", "sigma": 0.2, "booster": "<this directory>"}}
+
+## Held-out figures
+
+Means with Student's 95 % intervals over pictures that training never saw, one noisy copy of each at each noise level. S: the cosine between
+what the language model reads of the clean picture and of the noisy copy, meaned over tokens.
+
+| figure | mean |
+|---|---|
+{table}
+
+## How it was made
+
+{pictures} pictures; {recipe.steps[0]} steps for the purifier, {recipe.steps[1]} for the mapper, {recipe.batch} pictures each; AdamW, peak learning rate {recipe.lr:g},
+cosine decay, running mean of the weights. The purifier's loss is the squared error of the pixels plus {recipe.feature_weight:g} times the
+features' 1 - cos; the mapper's the features' 1 - cos plus {recipe.projector_weight:g} times the relative squared error behind the projector plus
+{recipe.channel_weight:g} times that of each channel's mean and variance.
+
+What a purifier takes for noise it takes away: very faint things may vanish. Look at the utility on such pictures before you use it.
+"""
