@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 _POINTS = 121
 _QUARTILES = (0.25, 0.5, 0.75)
 _COSINES = (0.0, 0.5, 0.9)
-_DPI = 160
 
 Curves = dict[str, list[float | None]]
 
@@ -71,7 +70,7 @@ def draw(record: CertificateRecord, directory: Path) -> list[Path]:
     """Writes certify.svg and certify.png. Raises SmoothGuardError where they cannot be drawn or written."""
     features = record.settings["certificate"]["what"] == FEATURES
     with style():
-        figure, axes = panels(1, 2 if features else 1, 7.8 if features else 4.4, 3.3, squeeze=False)
+        figure, axes = panels(1, 2 if features else 1, 7.8 if features else 4.4, 3.7)
         radii = np.array(record.curves["radius"])
         if features:
             _fcsb_panel(axes[0][0], radii, record.curves)
@@ -81,7 +80,7 @@ def draw(record: CertificateRecord, directory: Path) -> list[Path]:
             axis.set_ylim(-0.03, 1.03)
             axis.set_xlim(0, radii[-1])
             _limit(axis, record.largest["0"])
-            axis.legend(loc="upper right", fontsize=8)
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=8)
     return [save(figure, directory / "certify.svg"), save(figure, directory / "certify.png")]
 
 
@@ -118,4 +117,5 @@ def _share_panel(axis: Any, radii: Any, record: CertificateRecord) -> None:
 def _limit(axis: Any, largest: float | None) -> None:
     """From where on nothing can be certified with these n and alpha, whatever the model."""
     axis.axvline(largest or 0.0, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)))
-    axis.annotate(ABSTAIN, (largest or 0.0, 0.02), rotation=90, fontsize=7, color=GREY, ha="right", va="bottom")
+    axis.annotate(ABSTAIN, (largest or 0.0, 0.02), xytext=(2, 0), textcoords="offset points", rotation=90,
+                  fontsize=7, color=GREY, ha="left", va="bottom")  # fmt: skip

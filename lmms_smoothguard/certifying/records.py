@@ -118,10 +118,12 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
     bound = certificate.pop("bound", None)
     row = {key: record[key] for key in ("id", "digest", "question", "group", "label")}
     row |= {key: record[key] for key in ("selected", "right", "clean_answer") if key in record}
-    row |= {key: value for key, value in certificate.items() if not isinstance(value, dict) and key != "selected"}
-    if isinstance(bound, dict):
-        row["method"] = bound["method"]
+    # A class certificate's `label` and `selected` are places among the classes; the row has their names.
+    row |= {key: value for key, value in certificate.items() if not isinstance(value, dict) and key not in row}
+    split = bound["split"] if isinstance(bound, dict) else certificate.get("split", {})
+    row |= {f"alpha_{name}": share for name, share in split.items()}
+    row["bound"] = bound["method"] if isinstance(bound, dict) else bound
     if "tokens" in record:
-        row |= {"token_scores": record["tokens"]["scores"], "token_lowers": record["tokens"]["lowers"]}
+        row |= {f"token_{name}": record["tokens"][name] for name in ("scores", "lowers")}
         row["token_alpha"] = record["tokens"]["token_alpha"]
     return row

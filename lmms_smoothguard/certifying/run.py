@@ -25,7 +25,7 @@ MADE_BY = "smoothguard certify"
 MATCHES = ("exact", "contains")
 MAX_NEW_TOKENS = 32
 _QUESTION = "What is in the picture?"
-"""Asked of no model: pictures alone need some text to be questions."""
+"""Beside pictures alone, whose features do not hang on it."""
 
 
 def run_certify(asked: CertifyRun, command: str) -> tuple[CertificateRecord, list[Path]]:
@@ -146,11 +146,9 @@ def _labels(questions: Questions, numbers: Sequence[int]) -> tuple[str, ...]:
 
 
 def _text(asked: CertifyRun) -> str | None:
-    """Features and classes need no questions; a folder of pictures has none."""
-    if asked.question is not None or asked.what == ANSWERS:
-        return asked.question
-    path = Path(asked.data).expanduser()
-    return _QUESTION if path.is_dir() and not any(path.glob("*.parquet")) else None
+    """Features and classes need no questions, and pictures alone have none; a task of lmms-eval has its own."""
+    task = "/" not in asked.data and not Path(asked.data).expanduser().exists()
+    return asked.question if asked.question is not None or asked.what == ANSWERS or task else _QUESTION
 
 
 def _all(questions: Questions) -> list[int]:

@@ -13,14 +13,18 @@ BLUE, VERMILLION, GREY, GREEN, ORANGE, SKY, PURPLE = (
     "#0072B2", "#D55E00", "#595959", "#009E73", "#E69F00", "#56B4E9", "#CC79A7",
 )  # fmt: skip
 """Okabe and Ito's (2008) colours, which colour-blind readers tell apart; shapes and line styles differ as well."""
+_DPI = 160
 
 
 def save(figure: Any, path: Path) -> Path:
-    """Writes a figure as SVG without dates or chance. Raises SmoothGuardError where it cannot be written."""
+    """Writes a figure as SVG, or PNG where the path says so, without dates or chance. Raises SmoothGuardError where it cannot."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with style():
-            figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+            if path.suffix == ".png":
+                figure.savefig(path, format="png", dpi=_DPI, metadata={"Software": None})
+            else:
+                figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
     except OSError as error:
         raise SmoothGuardError(f"{path} cannot be written: {error.strerror}") from error
     return path
