@@ -19,6 +19,7 @@ from lmms_smoothguard.tiny.model import MODEL_DIR
 from lmms_smoothguard.tiny.scenes import OBJECTS, make_scenes
 from lmms_smoothguard.training import robust_data, robust_models
 from lmms_smoothguard.training.robust import RobustRecipe, RobustTrainer, class_embeddings, worst_case
+from lmms_smoothguard.training.robust_figures import llava_rates
 from lmms_smoothguard.training.robust_session import export, radius
 
 EPS = 4 / 255
@@ -125,7 +126,7 @@ def test_fares_loss_is_the_sum_of_squared_distances_from_the_original(scene_sour
     trainer = RobustTrainer(RobustRecipe("fare", **QUICK), subject, scene_source, tmp_path)
     clean, labels = trainer.batch()
     loss = trainer.loss_of(clean, labels)
-    with torch.no_grad(), trainer._autocast():
+    with torch.no_grad(), trainer.autocast():
         assert loss(clean).abs().max() == 0  # the copy is the original until it is trained
         other = loss(clean.flip(0))
         moved = (trainer.features(subject.tower, clean.flip(0)) - trainer.features(subject.original, clean)).flatten(1)
@@ -343,3 +344,50 @@ def test_what_is_written_is_rounded_to_half_precision(tmp_path):
     name = "embeddings.position_embedding.weight"
     assert not torch.equal(exact[name], rounded[name])
     assert torch.equal(exact[name].half().float(), rounded[name])
+
+
+# -- what is shipped -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["fare", "tecoa"])
+def shipped(request):
+    """Name, directory, and the tower as transformers loads it, in float32."""
+    from transformers import CLIPVisionModel
+
+    place = MODEL_DIR.parent / request.param
+    return request.param, place, CLIPVisionModel.from_pretrained(place, dtype=torch.float32).eval()
+
+
+def test_shipped_towers_load_and_are_small(shipped):
+    from transformers import AutoImageProcessor
+
+    name, place, tower = shipped
+    assert (place / "model.safetensors").stat().st_size <= 3_300_000
+    assert tower.config.hidden_size == 192
+    sizes = AutoImageProcessor.from_pretrained(place)
+    assert (sizes.crop_size["height"], list(sizes.image_mean)) == (64, [0.5] * 3)
+    done = CliRunner().invoke(app, ["model", f"tiny-{name}"])
+    assert done.stdout.strip() == str(place)
+
+
+def test_the_shipped_fare_tower_keeps_the_answers_of_the_llava():
+    """Clean, and on twelve questions under an attack on itself; the figures of the card are the slow test's."""
+    from transformers import CLIPVisionModel
+
+    tower = CLIPVisionModel.from_pretrained(MODEL_DIR.parent / "fare", dtype=torch.float32).eval()
+    found = llava_rates(tower, EPS, 12)
+    assert found["LLaVA, existence"].hits >= 11
+    assert found["LLaVA, asr, PGD-40"].value <= 0.5  # its own tower's is 0.93
+
+
+@pytest.mark.slow
+def test_shipped_figures_are_the_cards(shipped):
+    name, place, tower = shipped
+    stated, card = json.loads((place / "figures.json").read_text())["figures"], (place / "README.md").read_text()
+    for title, figure in llava_rates(tower, EPS, 420).items():
+        assert figure.count >= 300
+        assert stated[title]["after"]["value"] == pytest.approx(figure.value, abs=0.015), title
+        assert f"| {title} |" in card
+    if name == "fare":
+        assert stated["LLaVA, existence"]["after"]["value"] >= 0.95
+        assert stated["LLaVA, asr, PGD-40"]["after"]["high"] < stated["LLaVA, asr, PGD-40"]["before"]["low"]

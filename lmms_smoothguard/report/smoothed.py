@@ -11,7 +11,7 @@ _PIXEL = {"sigma": "0.2", "noise_space": "pixel"}
 _FS = {"defense": "feature_smoothing", "num_samples": "8", "sigma": "0.2"}
 _P, _PM = {"booster": "psm", "mapper": "false"}, {"booster": "psm"}
 _FARE, _TECOA = {"vision_tower": "tiny-fare"}, {"vision_tower": "tiny-tecoa"}
-_BOTH = {"defense": "smoothguard+feature_smoothing", "feature_samples": "8", "feature_sigma": "0.1"} | _PIXEL
+_BOTH = {"defense": "smoothguard+feature_smoothing", "feature_samples": "8", "feature_sigma": "0.1", **_PIXEL}
 
 
 @dataclass(frozen=True)

@@ -122,11 +122,12 @@ class RobustTrainer:
         """The method's loss of pictures near `clean`."""
         if labels is not None:
             return lambda pixels: F.cross_entropy(self.logits(self.subject.tower, pixels), labels, reduction="none")
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self.autocast():
             kept = self.features(self.subject.original, clean)
         return lambda pixels: (self.features(self.subject.tower, pixels) - kept).square().sum((1, 2))
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """The arithmetic of the training: bfloat16 where that is safe."""
         return torch.autocast(self.device.type, torch.bfloat16)
 
     # -- one step ------------------------------------------------------------------------------------------------
@@ -154,7 +155,7 @@ class RobustTrainer:
         rng = np.random.default_rng([self.recipe.seed, 3, self.step])
         clean, labels = self.batch()
         loss = self.loss_of(clean, labels)
-        with self._autocast():
+        with self.autocast():
             attacked = worst_case(loss, clean, self.recipe.eps, self.recipe.inner_steps, rng)
             found = loss(attacked).mean()
         for group in self.optimizer.param_groups:

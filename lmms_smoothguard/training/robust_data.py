@@ -14,7 +14,7 @@ from lmms_smoothguard.errors import ConfigError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _SCENE_SHARD = 61_000  # seeds of scenes that neither a test set nor another training uses
-_HELD_OUT, _HELD_OUT_SEED = 400, 21
+_HELD_OUT, _HELD_OUT_SEED = 200, 21
 _SINGLE_SHARE = 0.15  # of scenes with one object alone
 
 
@@ -95,7 +95,7 @@ def _opened(path: Path) -> Any:
 
 
 def folder_sources(folder: Path, *, labelled: bool) -> tuple[FolderSource, FolderSource]:
-    """The pictures of a folder and of the folders in it: a tenth of them, 400 at most, held out, the others to train on.
+    """The pictures of a folder and of the folders in it: a tenth of them, 200 at most, held out, the others to train on.
 
     Raises ConfigError for a folder that is missing or empty, or has no class folders where they are wanted.
     """
@@ -120,7 +120,7 @@ def folder_sources(folder: Path, *, labelled: bool) -> tuple[FolderSource, Folde
 
 
 def held_out_scenes(*, labelled: bool) -> SceneSource:
-    """Scenes that no training sees: 400 ordinary ones, or those of the zero-shot test set."""
+    """Scenes that no training sees: 200 ordinary ones, or those of the zero-shot test set."""
     from lmms_smoothguard.tiny.clip_testsets import zero_shot_set
     from lmms_smoothguard.tiny.scenes import make_scenes
 

@@ -22,7 +22,7 @@ from lmms_smoothguard.training.robust_data import Source, held_out_scenes, to_pi
 from lmms_smoothguard.training.robust_models import Subject, load
 
 _BATCH = 50
-_FEATURE_STEPS = 20
+_STEPS = 20
 _QUESTION_STEPS = 40
 _NOISE = 0.25
 
@@ -68,7 +68,8 @@ def feature_figures(trainer: RobustTrainer, tower: Any, held_out: Source) -> lis
         for when, seeing in (("before", trainer.subject.original), ("after", tower)):
             moved = functools.partial(_moved, trainer, seeing, kept)
             rng = np.random.default_rng([7, number])
-            attacked = worst_case(moved, clean, trainer.recipe.eps, _FEATURE_STEPS, rng)
+            with trainer.autocast():
+                attacked = worst_case(moved, clean, trainer.recipe.eps, _STEPS, rng)
             for how, pixels in (("clean", clean), ("attacked", attacked)):
                 with torch.no_grad():
                     seen = F.cosine_similarity(trainer.features(seeing, pixels), kept, dim=-1).mean(1)
@@ -76,7 +77,7 @@ def feature_figures(trainer: RobustTrainer, tower: Any, held_out: Source) -> lis
     what = f"cosine with the original's clean features ({trainer.reader})"
     return [
         Figures(f"{what}{ending}", mean(cosines[f"{how} before"]), mean(cosines[f"{how} after"]))
-        for how, ending in (("clean", ""), ("attacked", f", PGD-{_FEATURE_STEPS} on them"))
+        for how, ending in (("clean", ""), ("attacked", f", PGD-{_STEPS} on them"))
     ]
 
 
@@ -115,13 +116,14 @@ def zero_shot_figures(dual: Subject, tower: Any, held_out: Source, eps: float) -
         for when, seen in both.items():
             rng = np.random.default_rng([8, number])
             noise = torch.from_numpy(rng.standard_normal(tuple(clean.shape), np.float32)).to(classes.device)
-            attacked = worst_case(functools.partial(seen.loss, labels), clean, eps, _FEATURE_STEPS, rng)
+            with torch.autocast(clean.device.type, torch.bfloat16):
+                attacked = worst_case(functools.partial(seen.loss, labels), clean, eps, _STEPS, rng)
             shown = {"clean": clean, "noised": (clean + _NOISE * noise).clamp(0, 1), "attacked": attacked}
             for how, pixels in shown.items():
                 with torch.no_grad():
                     right[f"{how} {when}"] += (seen.logits(pixels).argmax(1) == labels).tolist()
     name = f"zero-shot accuracy, {len(held_out.classes)} classes"
-    endings = (("clean", ""), ("noised", f", one noisy copy, sigma {_NOISE}"), ("attacked", f", PGD-{_FEATURE_STEPS}"))
+    endings = (("clean", ""), ("noised", f", one noisy copy, sigma {_NOISE}"), ("attacked", f", PGD-{_STEPS}"))
     return [
         Figures(f"{name}{ending}", rate(right[f"{how} before"]), rate(right[f"{how} after"])) for how, ending in endings
     ]

@@ -18,7 +18,7 @@ from lmms_smoothguard.training.robust import RobustRecipe, RobustTrainer
 from lmms_smoothguard.training.robust_card import Figures, write_card
 
 EMBEDDED = ("tiny-llava", "tiny-clip")
-_EMBEDDED_LR = {"fare": 4e-4, "tecoa": 2e-4}
+_EMBEDDED_LR = {"fare": 4e-4, "tecoa": 3e-4}
 _PUBLISHED_LR = 1e-5
 _SCENES_NOISED = 0.25
 
