@@ -25,7 +25,7 @@ from lmms_smoothguard.smoothing.features import Mean
 from lmms_smoothguard.smoothing.smoother import Smoother
 from lmms_smoothguard.smoothing.towers import find_tower
 from lmms_smoothguard.training.booster import BoosterRecipe, BoosterTrainer
-from lmms_smoothguard.training.pictures import Folder, find_pictures
+from lmms_smoothguard.training.pictures import folder_sources
 
 SMALL = PurifierConfig(unshuffle=2, widths=(8, 16))
 SIDE = 56  # of tiny_models
@@ -326,7 +326,7 @@ RECIPE = BoosterRecipe(steps=(4, 3), batch=3, purifier=SMALL, mapper_hidden=16, 
 
 
 def trainer_of(llava, folder, out, recipe=RECIPE):
-    return BoosterTrainer(recipe, llava.model, llava.processor, Folder(folder, llava.processor), out)
+    return BoosterTrainer(recipe, llava.model, llava.processor, folder_sources(folder, labelled=False)[0], out)
 
 
 def test_a_killed_training_ends_where_an_unbroken_one_ends(llava, folder, tmp_path):
@@ -364,27 +364,22 @@ def test_training_makes_features_of_noisy_pictures_more_like_clean_ones(llava, t
     recipe = dataclasses.replace(RECIPE, steps=(60, 30), batch=8, lr=5e-3)
     trainer = trainer_of(llava, home, tmp_path / "out", recipe)
     list(trainer.run(1000))
-    figures = trainer.held_out_figures(trainer.booster)
+    figures = trainer.held_out_figures(trainer.booster, folder_sources(home, labelled=False)[1])
     assert figures["S, with purifier, sigma 0.3"].value > figures["S, tower alone, sigma 0.3"].value
     assert figures["PSNR, purified, sigma 0.3"].value > figures["PSNR, noisy, sigma 0.3"].value + 3
-    assert set(trainer.held_out).isdisjoint(trainer._order)
     assert all(not parameter.requires_grad for parameter in llava.model.parameters())  # the model stays as it was
 
 
 def test_pictures_that_cannot_be_had_are_refused(tmp_path, llava):
-    with pytest.raises(ConfigError, match="has no pictures"):
-        Folder(tmp_path, llava.processor)
-    with pytest.raises(ConfigError, match="expected scenes or a directory"):
-        find_pictures(str(tmp_path / "nowhere"), llava.processor, seed=0)
-    (tmp_path / "torn.png").write_bytes(b"no picture")
-    picture(1).save(tmp_path / "good.png")
-    with pytest.raises(Exception, match=r"torn\.png cannot be read"):
-        Folder(tmp_path, llava.processor).batch(np.arange(2))
+    from lmms_smoothguard.training.booster_session import _sources
 
-
-def test_a_single_picture_is_too_few(tmp_path, llava):
-    picture(1).save(tmp_path / "only.png")
-    with pytest.raises(ConfigError, match="expected at least 2"):
+    with pytest.raises(ConfigError, match="has 0 pictures"):
+        folder_sources(tmp_path, labelled=False)
+    with pytest.raises(ConfigError, match="expected 'scenes' or a folder"):
+        _sources(str(tmp_path / "nowhere"), 0, 1.0)
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"no picture")
+    with pytest.raises(ConfigError, match=r"\.png is no picture that can be read"):
         trainer_of(llava, tmp_path, tmp_path / "out")
 
 

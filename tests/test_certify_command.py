@@ -14,7 +14,6 @@ from PIL import Image
 
 from lmms_smoothguard import certify
 from lmms_smoothguard.certifying.asked import CertifyRun
-from lmms_smoothguard.certifying.encoder import TowerEncoder, tower_call
 from lmms_smoothguard.certifying.records import read_certificates
 from lmms_smoothguard.certifying.run import run_certify
 from lmms_smoothguard.certifying.tables import cells, print_certificates, said
@@ -22,6 +21,7 @@ from lmms_smoothguard.certifying.workers import AnswerWorker, FeatureWorker
 from lmms_smoothguard.cli import app
 from lmms_smoothguard.errors import ConfigError, UndefendableError
 from lmms_smoothguard.smoothing.config import FeatureSmoothingConfig
+from lmms_smoothguard.smoothing.encoder import TowerEncoder, tower_call
 from lmms_smoothguard.subject import Subject
 from lmms_smoothguard.tiny.scenes import make_scenes
 

@@ -17,7 +17,7 @@ from lmms_smoothguard.errors import ConfigError
 from lmms_smoothguard.tiny.clip_testsets import single_object
 from lmms_smoothguard.tiny.model import MODEL_DIR
 from lmms_smoothguard.tiny.scenes import OBJECTS, make_scenes
-from lmms_smoothguard.training import robust_data, robust_models
+from lmms_smoothguard.training import pictures, robust_models
 from lmms_smoothguard.training.robust import RobustRecipe, RobustTrainer, class_embeddings, worst_case
 from lmms_smoothguard.training.robust_figures import llava_rates
 from lmms_smoothguard.training.robust_session import export, radius
@@ -28,13 +28,13 @@ QUICK = {"steps": 6, "inner_steps": 2, "batch": 4, "lr": 4e-4, "noised_share": 0
 
 @pytest.fixture(scope="module")
 def scene_source():
-    return robust_data.SceneSource(make_scenes(24, 700).images, None, "24 scenes")
+    return pictures.SceneSource(make_scenes(24, 700).images, None, "24 scenes")
 
 
 @pytest.fixture(scope="module")
 def labelled_source():
     scenes = single_object(make_scenes(160, 701))
-    return robust_data.SceneSource(scenes.images, scenes.objects[:, 0].astype(np.int64), "single objects")
+    return pictures.SceneSource(scenes.images, scenes.objects[:, 0].astype(np.int64), "single objects")
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,7 @@ def test_a_checkpoint_of_other_settings_model_or_data_is_refused(scene_source, t
 
     trainer().save()
     assert trainer().resume()
-    other = robust_data.SceneSource(make_scenes(8, 702).images, None, "8 scenes")
+    other = pictures.SceneSource(make_scenes(8, 702).images, None, "8 scenes")
     for kwargs, differing in (({"eps": 0.01}, "eps"), ({"model": "tiny-clip"}, "model"), ({"source": other}, "data")):
         with pytest.raises(ConfigError, match=rf"another recipe \({differing} differ"):
             trainer(**kwargs).resume()
@@ -213,7 +213,7 @@ def test_a_checkpoint_of_other_settings_model_or_data_is_refused(scene_source, t
 def test_every_picture_comes_once_before_any_comes_twice(tmp_path):
     """Six steps of four out of 13: two epochs of three batches each."""
     images = np.arange(13, dtype=np.uint8)[:, None, None, None] * np.ones((1, 64, 64, 3), np.uint8)
-    source = robust_data.SceneSource(images, None, "flat")
+    source = pictures.SceneSource(images, None, "flat")
     trainer = RobustTrainer(
         RobustRecipe("fare", **{**QUICK, "noised_share": 0.0}), robust_models.load("tiny-llava"), source, tmp_path
     )
@@ -255,7 +255,7 @@ def test_fare_on_a_folder_of_pictures_from_the_command_line(bare_tower, folder, 
 
 
 def test_folders_are_split_and_labelled(folder):
-    train, held_out = robust_data.folder_sources(folder, labelled=True)
+    train, held_out = pictures.folder_sources(folder, labelled=True)
     assert (len(train), len(held_out)) == (11, 1)
     assert train.classes == ("cat", "red_dog")
     assert set(train._paths).isdisjoint(held_out._paths)
@@ -290,14 +290,14 @@ def test_radii_are_read_as_people_write_them():
 
 def test_data_that_cannot_be_used(folder, tmp_path, bare_tower):
     with pytest.raises(ConfigError, match="expected 'scenes' or a folder"):
-        robust_data.folder_sources(tmp_path / "nowhere", labelled=False)
+        pictures.folder_sources(tmp_path / "nowhere", labelled=False)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"has 0 pictures; expected more, in files that end in \.png"):
-        robust_data.folder_sources(tmp_path / "empty", labelled=False)
+        pictures.folder_sources(tmp_path / "empty", labelled=False)
     with pytest.raises(ConfigError, match="<class>/<picture>"):
-        robust_data.folder_sources(folder / "cat", labelled=True)
+        pictures.folder_sources(folder / "cat", labelled=True)
     subject = robust_models.load(str(bare_tower))
-    train, _ = robust_data.folder_sources(folder, labelled=False)
+    train, _ = pictures.folder_sources(folder, labelled=False)
     with pytest.raises(ConfigError, match="11 pictures are fewer than one batch of 32"):
         RobustTrainer(RobustRecipe("fare"), subject, train, tmp_path)
     torn = train._paths[0]

@@ -31,7 +31,7 @@ class CertifyRun:
     the class, or what `reference` "served" compares with; alpha: of each certificate; n0, beta: the draws of a served mean, and its
     own probability of error (None = alpha). radii, similarity: what the table asks about; booster, mapper: as in feature smoothing;
     classes, prompts: names (none = the labels of the data) and sentences with {} for them; match: when an answer is right;
-    batch_size: noisy copies of the model at once.
+    batch_size: noisy copies of the model at once; vision_tower, vision_tower_resolution: as in `Subject`.
     """
 
     model: str
@@ -61,6 +61,8 @@ class CertifyRun:
     batch_size: int = 32
     device: str | None = None
     dtype: str = "auto"
+    vision_tower: str | None = None
+    vision_tower_resolution: str = "model"
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -92,6 +94,11 @@ class CertifyRun:
         self._check_what()
 
     def _check_what(self) -> None:
+        if self.vision_tower is not None and self.what == CLASSES:
+            raise ConfigError(
+                f"vision_tower is {self.vision_tower!r}, and --what is classes, of a dual encoder as it is; expected the directory of one "
+                "that has this tower"
+            )
         if self.reference not in (CLEAN, SERVED):
             raise ConfigError(f"reference is {self.reference!r}; {did_you_mean(str(self.reference), (CLEAN, SERVED))}")
         if self.reference == SERVED and self.what != FEATURES:

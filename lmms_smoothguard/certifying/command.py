@@ -97,6 +97,13 @@ def certify(
     batch_size: Annotated[int, typer.Option(rich_help_panel=_MACHINE, help="Noisy copies of the model at once.")] = 32,
     device: Annotated[str | None, typer.Option(rich_help_panel=_MACHINE, help="cpu, cuda, cuda:1.")] = None,
     dtype: Annotated[str, typer.Option(rich_help_panel=_MACHINE, help="auto, float32, bfloat16 or float16.")] = "auto",
+    vision_tower: Annotated[
+        str | None, typer.Option(rich_help_panel=_MACHINE, help="Another CLIP tower for a LLaVA: as in --model_args.")
+    ] = None,
+    vision_tower_resolution: Annotated[
+        str,
+        typer.Option(rich_help_panel=_MACHINE, help="model, or source: the model sees what the tower was made for."),
+    ] = "model",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", rich_help_panel=_MACHINE, help="Run the checkpoint's own code.")
     ] = False,
@@ -137,6 +144,8 @@ def certify(
         batch_size=batch_size,
         device=device,
         dtype=dtype,
+        vision_tower=vision_tower,
+        vision_tower_resolution=vision_tower_resolution,
         trust_remote_code=trust_remote_code,
     )
     record, files = run_certify(asked, _command(context, asked))

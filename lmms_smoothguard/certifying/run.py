@@ -80,7 +80,14 @@ def _prepared(asked: CertifyRun, questions: Questions, numbers: Sequence[int]) -
         return _dual(asked, questions, numbers)
     from lmms_smoothguard.subject import Subject
 
-    subject = Subject(asked.model, asked.device, asked.dtype, trust_remote_code=asked.trust_remote_code)
+    subject = Subject(
+        asked.model,
+        asked.device,
+        asked.dtype,
+        trust_remote_code=asked.trust_remote_code,
+        vision_tower=asked.vision_tower,
+        vision_tower_resolution=asked.vision_tower_resolution,
+    )
     identity = {
         "name": plain_name(asked.model),
         "fingerprint": subject.fingerprint,
@@ -90,7 +97,7 @@ def _prepared(asked: CertifyRun, questions: Questions, numbers: Sequence[int]) -
     if asked.what == ANSWERS:
         tokens = asked.max_new_tokens or questions.max_new_tokens or MAX_NEW_TOKENS
         return AnswerWorker(asked, subject, tokens), identity | {"max_new_tokens": tokens}
-    from lmms_smoothguard.certifying.encoder import tower_call
+    from lmms_smoothguard.smoothing.encoder import tower_call
 
     encoder = _encoder(asked, subject.model, subject.processor)
 
@@ -102,7 +109,7 @@ def _prepared(asked: CertifyRun, questions: Questions, numbers: Sequence[int]) -
 
 
 def _dual(asked: CertifyRun, questions: Questions, numbers: Sequence[int]) -> tuple[Worker, dict[str, Any]]:
-    from lmms_smoothguard.certifying.dual import DualEncoder
+    from lmms_smoothguard.dual import DualEncoder
 
     classes = asked.classes or _labels(questions, numbers)
     dual = DualEncoder(asked.model, asked.device, asked.dtype, trust_remote_code=asked.trust_remote_code)
@@ -119,8 +126,8 @@ def _dual(asked: CertifyRun, questions: Questions, numbers: Sequence[int]) -> tu
 
 
 def _encoder(asked: CertifyRun, model: Any, processor: Any) -> Any:
-    from lmms_smoothguard.certifying.encoder import TowerEncoder
     from lmms_smoothguard.smoothing.config import FeatureSmoothingConfig
+    from lmms_smoothguard.smoothing.encoder import TowerEncoder
 
     config = FeatureSmoothingConfig(
         num_samples=asked.n0,

@@ -19,8 +19,8 @@ from lmms_smoothguard.certify import (
 )
 from lmms_smoothguard.certify.features import SERVED
 from lmms_smoothguard.certifying.asked import CertifyRun
-from lmms_smoothguard.certifying.dual import DualEncoder
 from lmms_smoothguard.choice import choose
+from lmms_smoothguard.dual import DualEncoder
 from lmms_smoothguard.errors import ConfigError
 from lmms_smoothguard.evaluation.answers import same_answer, says
 from lmms_smoothguard.evaluation.questions import Question

@@ -44,7 +44,7 @@ _ADAPTIVE = {"attack_steps": "100", "attack_batch_size": "128"}
 
 STANDARD = tuple(Experiment(row.name, row.model_args, TASKS, 420, about=row.about) for row in ROWS)
 ADAPTIVE = tuple(
-    Experiment(f"{row.name}_eot", row.model_args | _ADAPTIVE, ("shapes_pope_eot",), 200, about=row.about)
+    Experiment(f"{row.name}_eot", {**row.model_args, **_ADAPTIVE}, ("shapes_pope_eot",), 200, about=row.about)
     for row in ROWS
     if row.adaptive
 )

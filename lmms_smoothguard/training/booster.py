@@ -25,11 +25,9 @@ from lmms_smoothguard.evaluation.means import Mean, mean
 from lmms_smoothguard.fingerprint import weights_print
 from lmms_smoothguard.inputs.statistics import PixelStatistics, pixel_statistics
 from lmms_smoothguard.smoothing.towers import Tower, find_tower
-from lmms_smoothguard.training.pictures import TrainingPictures
+from lmms_smoothguard.training.pictures import Source, to_pixels
 
 STAGES = ("purifier", "mapper")
-_HELD_OUT, _HELD_SHARE = 200, 0.1
-"""Pictures that are kept from training for the model card's figures: so many, or that share of a smaller set."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,24 +55,17 @@ class BoosterRecipe:
 class BoosterTrainer:
     """Owns the booster under training, its optimiser and its place in the recipe."""
 
-    def __init__(
-        self, recipe: BoosterRecipe, model: Any, processor: Any, pictures: TrainingPictures, out: Path
-    ) -> None:
+    def __init__(self, recipe: BoosterRecipe, model: Any, processor: Any, pictures: Source, out: Path) -> None:
         """Raises ConfigError or UndefendableError for a model whose tower takes no plain pictures."""
-        self.recipe, self.out, self._pictures, self._model = recipe, out, pictures, model
+        self.recipe, self.out, self._pictures = recipe, out, pictures
+        self._processor = getattr(processor, "image_processor", processor)
         self._tower: Tower = find_tower(model)
         self._device = next(self._tower.module.parameters()).device
-        self._statistics: PixelStatistics = pixel_statistics(model, getattr(processor, "image_processor", processor))
-        self._size = tuple(pictures.batch(np.zeros(1, int)).shape[-2:])
-        order = np.random.default_rng(recipe.seed).permutation(len(pictures))
-        held = min(_HELD_OUT, max(1, round(_HELD_SHARE * len(order))))
-        self.held_out, self._order = order[:held], order[held:]
-        if not len(self._order):
-            raise ConfigError(
-                f"there are {len(pictures)} pictures; expected at least 2, for some are kept from training"
-            )
+        self._statistics: PixelStatistics = pixel_statistics(model, self._processor)
+        first = self._pixels(pictures, np.zeros(1, int))
+        self._size = tuple(first.shape[-2:])
         model.requires_grad_(False).eval()
-        clean = self.features(pictures.batch(np.zeros(1, int)).to(self._device))
+        clean = self.features(first)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self.purifier = Purifier(recipe.purifier).to(self._device)
@@ -114,6 +105,21 @@ class BoosterTrainer:
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
+    def _pixels(self, pictures: Source, chosen: np.ndarray) -> torch.Tensor:
+        """(len(chosen), 3, height, width) in [0, 1], as the model sees them. Raises ConfigError for other shapes."""
+        made = to_pixels(self._processor, pictures.pictures(chosen.tolist()))
+        if made.ndim != 4:
+            raise ConfigError(
+                f"{type(self._processor).__name__} makes pixels of shape {tuple(made.shape)}; expected (pictures, 3, height, width): boosters "
+                "are for towers that take plain pictures"
+            )
+        return made.to(self._device)
+
+    def _mirrored(self, pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        """Half of them from left to right."""
+        mirrored = torch.from_numpy(rng.random(len(pixels)) < 0.5).to(pixels.device)
+        return torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
+
     def features(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What the model reads of its tower for pictures in [0, 1]: of each layer (batch, tokens, width)."""
         mean, std = (value.to(pixels.device).view(-1, 1, 1) for value in self._statistics[:2])
@@ -129,8 +135,8 @@ class BoosterTrainer:
     def take_step(self) -> dict[str, float]:
         """One optimiser step; the parts of the loss."""
         rng = np.random.default_rng([self.recipe.seed, self.stage, self.step])
-        chosen = self._order[rng.integers(0, len(self._order), self.recipe.batch)]
-        clean = self._pictures.batch(chosen, rng).to(self._device)
+        chosen = rng.integers(0, len(self._pictures), self.recipe.batch)
+        clean = self._mirrored(self._pixels(self._pictures, chosen), rng)
         sigma = torch.from_numpy(rng.uniform(*self.recipe.sigmas, len(clean)).astype(np.float32)).to(self._device)
         noise = torch.from_numpy(rng.standard_normal(clean.shape, np.float32)).to(self._device)
         noisy = (clean + sigma.view(-1, 1, 1, 1) * noise).clamp(0, 1)
@@ -204,24 +210,23 @@ class BoosterTrainer:
     # -- what has been learnt ------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def held_out_figures(self, booster: Booster) -> dict[str, Mean]:
+    def held_out_figures(self, booster: Booster, held_out: Source) -> dict[str, Mean]:
         """By name, meaned over pictures that training never saw, one noisy copy of each at each noise level: S, the cosine between
         what the model reads of the clean picture and of the copy; and the purifier's signal-to-noise ratio in dB."""
         figures: dict[str, Mean] = {}
         low, high = self.recipe.sigmas
         for level in np.linspace(low, high, 4)[1:]:
             rows: dict[str, list[float]] = {}
-            for start in range(0, len(self.held_out), self.recipe.batch):
-                for name, values in self._scores(
-                    booster, self.held_out[start : start + self.recipe.batch], float(level)
-                ).items():
+            for start in range(0, len(held_out), self.recipe.batch):
+                chosen = np.arange(start, min(start + self.recipe.batch, len(held_out)))
+                scores = self._scores(booster, self._pixels(held_out, chosen), float(level), start)
+                for name, values in scores.items():
                     rows.setdefault(name, []).extend(values.tolist())
             figures |= {f"{name}, sigma {level:.3g}": mean(values) for name, values in rows.items()}
         return figures
 
-    def _scores(self, booster: Booster, chosen: np.ndarray, sigma: float) -> dict[str, torch.Tensor]:
-        clean = self._pictures.batch(chosen).to(self._device)
-        rng = np.random.default_rng([self.recipe.seed, 2, *chosen.tolist()])
+    def _scores(self, booster: Booster, clean: torch.Tensor, sigma: float, number: int) -> dict[str, torch.Tensor]:
+        rng = np.random.default_rng([self.recipe.seed, 2, number])
         noise = torch.from_numpy(rng.standard_normal(clean.shape, np.float32)).to(self._device)
         noisy = (clean + sigma * noise).clamp(0, 1)
         purified = booster.purify(noisy, sigma)
@@ -255,7 +260,7 @@ class BoosterTrainer:
         return {
             **dataclasses.asdict(self.recipe),
             "tower": weights_print(self._tower.module)[0],
-            "pictures": self._pictures.digest,
+            "pictures": self._pictures.identity,
         }
 
     def save(self) -> None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from lmms_smoothguard.boosting.booster import WEIGHTS, Booster, read_booster
 from lmms_smoothguard.boosting.purifier import PurifierConfig
+from lmms_smoothguard.dual import DualEncoder, is_dual
 from lmms_smoothguard.errors import ConfigError
 from lmms_smoothguard.evaluation.means import Mean
-from lmms_smoothguard.subject import Subject
+from lmms_smoothguard.subject import EMBEDDED, Subject
 from lmms_smoothguard.training.booster import STAGES, BoosterRecipe, BoosterTrainer
-from lmms_smoothguard.training.pictures import find_pictures
+from lmms_smoothguard.training.pictures import Source, folder_sources, held_out_scenes, scene_source
+
+_SCENES, _FAINT_SHARE = 9000, 1 / 3
 
 
 def recipe_of(
@@ -57,8 +61,8 @@ def train(
     except ImportError as error:
         raise ConfigError("training shows its progress with rich; pip install 'lmms-smoothguard[training]'") from error
     console = Console()
-    subject = Subject(model, device, vision_tower=vision_tower)
-    pictures = find_pictures(data, subject.processor, seed=recipe.seed, scale=scale)
+    subject = _subject(model, device, vision_tower)
+    pictures, held_out = _sources(data, recipe.seed, scale)
     trainer = BoosterTrainer(recipe, subject.model, subject.processor, pictures, out)
     if trainer.resume():
         console.print(
@@ -81,7 +85,7 @@ def train(
             bars.update(rows[stage], completed=step + 1, figures=text if step % 10 == 0 else None)
     target = out / "booster"
     trainer.booster.save(target)
-    figures = trainer.held_out_figures(read_booster(target))
+    figures = trainer.held_out_figures(read_booster(target), held_out)
     command = f"smoothguard train booster --model {model} --data {data} --seed {recipe.seed}"
     command += f" --vision-tower {vision_tower}" if vision_tower else ""
     command += f" --scale {scale:g}" if scale != 1 else ""
@@ -89,6 +93,23 @@ def train(
     console.print("\n".join(f"{name}: {_shown(value)}" for name, value in figures.items()))
     console.print(f"done: {target}")
     return figures
+
+
+def _sources(data: str, seed: int, scale: float) -> tuple[Source, Source]:
+    """Pictures to train on, and held-out ones. Raises ConfigError for data that cannot be used."""
+    if data != "scenes":
+        return folder_sources(Path(data).expanduser(), labelled=False)
+    scenes = max(100, round(_SCENES * scale))
+    return scene_source(scenes, round(_FAINT_SHARE * scenes), seed, labelled=False), held_out_scenes(labelled=False)
+
+
+def _subject(model: str, device: str | None, vision_tower: str | None) -> Any:
+    """A multimodal model or a dual encoder, with its processor. Raises ConfigError for what cannot be loaded."""
+    if model == EMBEDDED or not is_dual(model):
+        return Subject(model, device, vision_tower=vision_tower)
+    if vision_tower is not None:
+        raise ConfigError(f"vision_tower is {vision_tower!r}, and {model} is a dual encoder; expected it alone")
+    return DualEncoder(model, device, "auto")
 
 
 def write_card(

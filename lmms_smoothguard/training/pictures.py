@@ -1,4 +1,4 @@
-"""Pictures to train on, as the model's image processor makes them: [0, 1] pixels at the model's resolution."""
+"""Pictures to train on: generated scenes, or a folder; as float32 in [0, 1] at the size that the tower takes."""
 
 from __future__ import annotations
 
@@ -10,104 +10,141 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from lmms_smoothguard.errors import ConfigError, SmoothGuardError
-from lmms_smoothguard.inputs.statistics import statistics_of
+from lmms_smoothguard.errors import ConfigError
 
-SCENES = "scenes"
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_SCENE_SHARD = 61_000  # seeds of scenes that neither a test set nor another training uses
+_HELD_OUT, _HELD_OUT_SEED = 200, 21
+_SINGLE_SHARE = 0.15  # of scenes with one object alone
 
 
-class TrainingPictures(Protocol):
-    """A finite set; digest: which pictures."""
+class Source(Protocol):
+    """Pictures by number. `classes` is empty where they have no labels; `identity` goes into the checkpoint's recipe."""
 
-    digest: str
+    classes: tuple[str, ...]
+    identity: str
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> torch.Tensor:
-        """(len(indices), 3, height, width) in [0, 1]; `rng` mirrors half of them, None none."""
+    def pictures(self, indices: Sequence[int]) -> list[Any]:
+        """PIL pictures."""
+        ...
+
+    def labels(self, indices: Sequence[int]) -> torch.Tensor:
+        """Places in `classes`, (n,)."""
+        ...
 
 
-class Scenes:
-    """Generated scenes of the embedded model, a share of them faint; none of them is in a test set."""
+class SceneSource:
+    """Generated scenes; labelled where each has one object alone."""
 
-    def __init__(self, ordinary: int, faint: int, seed: int) -> None:
-        from lmms_smoothguard.tiny.train import Recipe, training_scenes
+    def __init__(self, images: np.ndarray, labels: np.ndarray | None, identity: str) -> None:
+        from lmms_smoothguard.tiny.scenes import OBJECTS
 
-        recipe = Recipe(seed=seed, ordinary_scenes=ordinary, faint_scenes=faint)
-        self._images = training_scenes(recipe).images
-        self.digest = f"scenes {ordinary} {faint} {seed}"
+        self._images, self._labels, self.identity = images, labels, identity
+        self.classes = OBJECTS if labels is not None else ()
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def batch(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> torch.Tensor:
-        """Mirrored scenes are scenes."""
-        images = _mirrored(self._images[indices], rng)
-        return torch.from_numpy(images.astype(np.float32) / 255).permute(0, 3, 1, 2).contiguous()
+    def pictures(self, indices: Sequence[int]) -> list[Any]:
+        from PIL import Image
+
+        return [Image.fromarray(self._images[index]) for index in indices]
+
+    def labels(self, indices: Sequence[int]) -> torch.Tensor:
+        if self._labels is None:
+            raise ConfigError("these scenes have several objects, and no class; expected single-object scenes")
+        return torch.from_numpy(self._labels[list(indices)])
 
 
-class Folder:
-    """The pictures of a directory, read when they are wanted, through the model's own image processor."""
+class FolderSource:
+    """Picture files in a folder, read when they are wanted; with `classes` the first folder of each is its class."""
 
-    def __init__(self, directory: Path, processor: Any) -> None:
-        """Raises ConfigError for a directory without pictures, or a processor that makes no plain square of them."""
-        self._files = sorted(path for path in directory.rglob("*") if path.suffix.lower() in _SUFFIXES)
-        if not self._files:
-            raise ConfigError(f"{directory} has no pictures ({', '.join(_SUFFIXES)}); expected some to train on")
-        self._processor = getattr(processor, "image_processor", processor)
-        statistics = statistics_of(self._processor, "processor")
-        if statistics is None:
-            raise ConfigError(
-                f"{type(self._processor).__name__} has no mean and std; expected an image processor that normalises"
-            )
-        self._mean, self._std = (value.view(-1, 1, 1) for value in statistics[:2])
-        names = "\n".join(f"{path.relative_to(directory)} {path.stat().st_size}" for path in self._files)
-        self.digest = hashlib.sha256(names.encode()).hexdigest()[:32]
+    def __init__(self, folder: Path, paths: Sequence[Path], classes: tuple[str, ...] = ()) -> None:
+        self._paths, self.classes = list(paths), classes
+        places = [path.relative_to(folder) for path in paths]
+        self._labels = np.array([classes.index(place.parts[0]) if classes else 0 for place in places])
+        listed = "\n".join(f"{place} {path.stat().st_size}" for place, path in zip(places, paths, strict=True))
+        self.identity = f"{len(self._paths)} pictures, {hashlib.sha256(listed.encode()).hexdigest()[:16]}"
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._paths)
 
-    def batch(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> torch.Tensor:
-        """Raises SmoothGuardError for a file that is no picture, or pixels that are no (3, height, width) of one size."""
-        from PIL import Image, UnidentifiedImageError
+    def pictures(self, indices: Sequence[int]) -> list[Any]:
+        """Raises ConfigError for a file that cannot be read, and names it."""
+        return [_opened(self._paths[index]) for index in indices]
 
-        images = []
-        for index in indices:
-            try:
-                with Image.open(self._files[index]) as opened:
-                    images.append(opened.convert("RGB"))
-            except (OSError, UnidentifiedImageError) as error:
-                raise SmoothGuardError(
-                    f"{self._files[index]} cannot be read ({error}); mend or remove it and start again"
-                ) from error
-        made = self._processor(images=images, return_tensors="pt")["pixel_values"]
-        if not isinstance(made, torch.Tensor) or made.ndim != 4:
+    def labels(self, indices: Sequence[int]) -> torch.Tensor:
+        return torch.from_numpy(self._labels[list(indices)])
+
+
+def _opened(path: Path) -> Any:
+    from PIL import Image
+
+    from lmms_smoothguard.files import whole_pictures
+
+    try:
+        with whole_pictures(), Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ConfigError(
+            f"{path} is no picture that can be read ({error}); mend or remove it, and start again: training goes on from its last "
+            "checkpoint only while the folder is the same"
+        ) from error
+
+
+def folder_sources(folder: Path, *, labelled: bool) -> tuple[FolderSource, FolderSource]:
+    """The pictures of a folder and of the folders in it: a tenth of them, 200 at most, held out, the others to train on.
+
+    Raises ConfigError for a folder that is missing or empty, or has no class folders where they are wanted.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"data is {str(folder)!r}; expected 'scenes' or a folder of pictures")
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if len(paths) < 2:
+        raise ConfigError(
+            f"{folder} has {len(paths)} pictures; expected more, in files that end in {', '.join(SUFFIXES)}"
+        )
+    classes: tuple[str, ...] = ()
+    if labelled:
+        classes = tuple(sorted({path.relative_to(folder).parts[0] for path in paths if path.parent != folder}))
+        if any(path.parent == folder for path in paths) or len(classes) < 2:
             raise ConfigError(
-                f"{type(self._processor).__name__} makes pixels of shape {tuple(getattr(made, 'shape', ()))}; expected (pictures, 3, "
-                "height, width): boosters are for towers that take plain pictures"
+                f"{folder} has pictures outside of class folders, or fewer than two of those; expected {folder}/<class>/<picture>, "
+                "for TeCoA needs each picture's class"
             )
-        pixels = (made.float() * self._std + self._mean).clamp(0, 1)
-        if rng is not None:
-            mirrored = torch.from_numpy(rng.random(len(pixels)) < 0.5)
-            pixels[mirrored] = pixels[mirrored].flip(-1)
-        return pixels
+    shuffled = [paths[place] for place in np.random.default_rng(0).permutation(len(paths))]
+    kept = max(1, min(_HELD_OUT, len(paths) // 10))
+    return FolderSource(folder, shuffled[kept:], classes), FolderSource(folder, shuffled[:kept], classes)
 
 
-def find_pictures(data: str, processor: Any, *, seed: int, scale: float = 1.0) -> TrainingPictures:
-    """`scenes` (generated, for the embedded model) or a directory of pictures. Raises ConfigError for anything else."""
-    if data == SCENES:
-        return Scenes(max(64, round(12_000 * scale)), max(32, round(6_000 * scale)), seed)
-    directory = Path(data).expanduser()
-    if not directory.is_dir():
-        raise ConfigError(f"data is {data!r}; expected {SCENES} or a directory of pictures")
-    return Folder(directory, processor)
+def held_out_scenes(*, labelled: bool) -> SceneSource:
+    """Scenes that no training sees: 200 ordinary ones, or those of the zero-shot test set."""
+    from lmms_smoothguard.tiny.clip_testsets import zero_shot_set
+    from lmms_smoothguard.tiny.scenes import make_scenes
+
+    if labelled:
+        found = zero_shot_set()
+        return SceneSource(found.images, found.labels, "zero-shot test set")
+    return SceneSource(make_scenes(_HELD_OUT, _HELD_OUT_SEED).images, None, "held-out scenes")
 
 
-def _mirrored(images: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
-    if rng is None:
-        return images
-    images = images.copy()
-    mirrored: Sequence[bool] = rng.random(len(images)) < 0.5  # type: ignore[assignment]
-    images[mirrored] = images[mirrored][:, :, ::-1]
-    return images
+def scene_source(count: int, faint: int, seed: int, *, labelled: bool) -> SceneSource:
+    """Generated scenes, `count` of them and `faint` among these; labelled ones have a single object each."""
+    from lmms_smoothguard.tiny.clip_testsets import single_object
+    from lmms_smoothguard.tiny.train import draw_shards, shard_tasks
+
+    base = _SCENE_SHARD + 100_000 * seed
+    identity = f"{count} scenes, {faint} of them faint, {'single objects' if labelled else 'all'}"
+    if not labelled:
+        scenes = draw_shards(shard_tasks(count - faint, faint, base))
+        return SceneSource(scenes.images, None, identity)
+    scenes = single_object(draw_shards(shard_tasks(round(count / _SINGLE_SHARE * 1.1), 0, base)))
+    return SceneSource(scenes.images[:count], scenes.objects[:count, 0].astype(np.int64), identity)
+
+
+def to_pixels(image_processor: Any, pictures: list[Any]) -> torch.Tensor:
+    """Pictures as the model's processor resizes and crops them, before it normalises: (n, 3, h, w) in [0, 1]."""
+    made = image_processor(images=pictures, do_normalize=False, return_tensors="pt")["pixel_values"]
+    return made.float().clamp(0, 1)

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 
 from lmms_smoothguard.evaluation.means import mean
 from lmms_smoothguard.evaluation.rates import Rate, attack_success_rate, rate, robust_accuracy
+from lmms_smoothguard.training.pictures import Source, held_out_scenes, to_pixels
 from lmms_smoothguard.training.robust import RobustTrainer, class_embeddings, worst_case, zero_shot_logits
 from lmms_smoothguard.training.robust_card import Figures
-from lmms_smoothguard.training.robust_data import Source, held_out_scenes, to_pixels
 from lmms_smoothguard.training.robust_models import Subject, load
 
 _BATCH = 50

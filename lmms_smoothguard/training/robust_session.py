@@ -13,7 +13,7 @@ import torch
 
 from lmms_smoothguard.errors import ConfigError, SmoothGuardError
 from lmms_smoothguard.reproducible import reproducible_sums
-from lmms_smoothguard.training import robust_data, robust_models
+from lmms_smoothguard.training import pictures, robust_models
 from lmms_smoothguard.training.robust import RobustRecipe, RobustTrainer
 from lmms_smoothguard.training.robust_card import Figures, write_card
 
@@ -88,14 +88,14 @@ def radius(text: str) -> float:
         raise ConfigError(f"eps is {text!r}; expected a number or a fraction, such as 4/255") from error
 
 
-def sources(asked: Asked) -> tuple[robust_data.Source, robust_data.Source]:
+def sources(asked: Asked) -> tuple[pictures.Source, pictures.Source]:
     """Pictures to train on, and pictures held out. Raises ConfigError for data that cannot be used."""
     labelled = asked.method == "tecoa"
     if asked.data != "scenes":
-        return robust_data.folder_sources(Path(asked.data), labelled=labelled)
+        return pictures.folder_sources(Path(asked.data), labelled=labelled)
     faint = round(asked.scenes * asked.faint_share)
-    train = robust_data.scene_source(asked.scenes, faint, asked.seed, labelled=labelled)
-    return train, robust_data.held_out_scenes(labelled=labelled)
+    train = pictures.scene_source(asked.scenes, faint, asked.seed, labelled=labelled)
+    return train, pictures.held_out_scenes(labelled=labelled)
 
 
 def train(asked: Asked) -> list[Figures]:

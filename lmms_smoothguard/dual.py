@@ -59,7 +59,7 @@ class DualEncoder:
 
     def call(self, images: Sequence[Image.Image]) -> Any:
         """What the vision tower is called with for one picture."""
-        from lmms_smoothguard.certifying.encoder import tower_call
+        from lmms_smoothguard.smoothing.encoder import tower_call
         from lmms_smoothguard.smoothing.towers import find_tower
 
         if len(images) != 1:
@@ -67,6 +67,19 @@ class DualEncoder:
         made = self.processor(images=list(images), return_tensors="pt").to(self.device)
         made = {key: value.to(self.model.dtype) if value.is_floating_point() else value for key, value in made.items()}
         return tower_call(find_tower(self.model), lambda: self.model.get_image_features(**made))
+
+
+def is_dual(pretrained: str) -> bool:
+    """Whether a model answers nothing and compares: by its config. False for what cannot be read."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    try:
+        config = AutoConfig.from_pretrained(_place(pretrained))
+    except (OSError, ValueError):
+        return False
+    both = all(hasattr(config, part) for part in ("vision_config", "text_config"))
+    return both and config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def _embedding(output: Any) -> torch.Tensor:
