@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PARITY := .venv-parity
 EXTRAS := lmms-eval,embedders,report,training,attack,booster,dev
 
-.PHONY: demo test test-slow lint results bench parity testsets clean
+.PHONY: demo test test-slow lint results smoothing bench parity testsets clean
 
 demo: $(INSTALLED)
 	$(BIN)/smoothguard demo
@@ -29,11 +29,19 @@ results: $(INSTALLED)
 	test -e benchmarks/results/precision.json || $(BIN)/python benchmarks/precision.py
 	$(BIN)/smoothguard sweep --preset readme --out benchmarks/results --cache runs/results/cache
 	$(BIN)/python benchmarks/sweep_pages.py
+	$(BIN)/python benchmarks/smoothing_pages.py
+	$(BIN)/python benchmarks/readme_tables.py
+
+# The table of feature smoothing, its certificates and their curves: hours on two cores, where none of its result files are there.
+smoothing: $(INSTALLED)
+	$(BIN)/smoothguard results --smoothing
+	$(BIN)/python benchmarks/smoothing_pages.py
 	$(BIN)/python benchmarks/readme_tables.py
 
 # What a defended answer costs on this machine, about ten minutes on two cores; leave the machine alone meanwhile.
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/smoothing_cost.py
 	$(BIN)/python benchmarks/readme_tables.py
 
 # Our attacks beside those of two libraries, in an environment of its own (torchattacks pins an old requests); forty minutes on

@@ -123,11 +123,12 @@ def results(
     out: Annotated[Path, typer.Option(help="Directory for the runs' logs.")] = Path("runs/results"),
     to: Annotated[Path, typer.Option(help="Directory of the result files.")] = Path("benchmarks/results"),
     only: Annotated[list[str] | None, typer.Option(help="Run this experiment alone, anew; may be repeated.")] = None,
+    smoothing: Annotated[bool, typer.Option("--smoothing", help="Those of the feature-smoothing table alone.")] = False,
 ) -> None:
-    """Make every result file that is missing: the published default, other budgets, ablations, adaptive attacks."""
+    """Make every result file that is missing: the published default, other budgets, ablations, adaptive attacks, certificates."""
     from lmms_smoothguard.report.demo import run_results
 
-    run_results(out, to, only or ())
+    run_results(out, to, only or (), smoothing=smoothing)
 
 
 app.command()(sweep)

@@ -10,9 +10,10 @@ from pathlib import Path
 from lmms_smoothguard.errors import SmoothGuardError
 from lmms_smoothguard.evaluation.records import Run, read_record, write_run
 from lmms_smoothguard.evaluation.runs import load_samples
+from lmms_smoothguard.report.certified import run_certification
 from lmms_smoothguard.report.experiments import ATTACKED, Experiment, run, summarize
 from lmms_smoothguard.report.page import write_page
-from lmms_smoothguard.report.smoothed import SMOOTHED
+from lmms_smoothguard.report.smoothed import CERTIFICATIONS, SMOOTHED
 from lmms_smoothguard.report.stronger import STRONGER
 from lmms_smoothguard.report.tables import print_table
 from lmms_smoothguard.tiny.model import MODEL_DIR
@@ -92,19 +93,26 @@ def run_report(directory: Path) -> Path:
     return write_page(directory, records)
 
 
-def run_results(out: Path, results: Path, only: Sequence[str] = ()) -> None:
+def run_results(out: Path, results: Path, only: Sequence[str] = (), *, smoothing: bool = False) -> None:
     """Runs every experiment that has no result file yet, or those in `only` whether or not they have one, and writes records and
-    samples to `results`."""
+    samples to `results`. smoothing: those of the feature-smoothing table alone, its certificates among them.
+    """
     results.mkdir(parents=True, exist_ok=True)
-    known = {experiment.name for experiment in EXPERIMENTS}
-    unknown = set(only) - known
-    if unknown:
+    experiments = SMOOTHED if smoothing else EXPERIMENTS
+    known = {one.name for one in experiments} | {one.name for one in CERTIFICATIONS}
+    if unknown := set(only) - known:
         raise SmoothGuardError(f"unknown experiment {sorted(unknown)[0]!r}; known: {', '.join(sorted(known))}")
-    for experiment in EXPERIMENTS:
-        target = results / f"{experiment.name}.json"
-        if experiment.name in only or (not only and not target.exists()):
+
+    def wanted(name: str) -> bool:
+        return name in only or (not only and not (results / f"{name}.json").exists())
+
+    for experiment in experiments:
+        if wanted(experiment.name):
             write_run(results, *_run(experiment, out))
-    print_table([read_record(path) for e in EXPERIMENTS if (path := results / f"{e.name}.json").exists()])
+    for certification in CERTIFICATIONS:
+        if wanted(certification.name):
+            run_certification(certification, out, results)
+    print_table([read_record(path) for e in experiments if (path := results / f"{e.name}.json").exists()])
 
 
 def _run(experiment: Experiment, out: Path) -> Run:

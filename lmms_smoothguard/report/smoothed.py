@@ -53,29 +53,17 @@ SMOOTHED = (*STANDARD, *ADAPTIVE)
 
 @dataclass(frozen=True)
 class Certification:
-    """A run of `smoothguard certify`; name: of its record; options: of the command line, without --out."""
+    """A run of `smoothguard certify`; name: of its record; arguments: of the command line, without --out, the data by its name
+    among `clip_testsets.write_certified_sets`."""
 
     name: str
     arguments: tuple[str, ...]
 
 
 _RADII = ("--radii", ".1,.25,.5")
-_FEATURES = ("tiny-llava", "shapes_pope", "--sigma", "0.2", "--n", "256", "--limit", "1200", *_RADII)
-_CLASSES = (
-    "tiny-clip",
-    "shapes_single",
-    "--what",
-    "classes",
-    "--sigma",
-    "0.2",
-    "--n",
-    "500",
-    "--n-select",
-    "64",
-    *_RADII,
-)
-_ANSWERS = ("tiny-llava", "shapes_pope", "--what", "answers", "--sigma", "0.2", "--n", "500", "--n-select", "64",
-            "--limit", "420", *_RADII)  # fmt: skip
+_FEATURES = ("tiny-llava", "scenes", "--sigma", "0.2", "--n", "256", *_RADII)
+_CLASSES = ("tiny-clip", "single", "--what", "classes", "--sigma", "0.2", "--n", "500", "--n-select", "64", *_RADII)
+_ANSWERS = ("tiny-llava", "questions", "--what", "answers", "--sigma", "0.2", "--n", "500", "--n-select", "64", *_RADII)
 _PSM, _PURIFIER = ("--booster", "psm"), ("--booster", "psm", "--no-mapper")
 
 CERTIFICATIONS = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -93,3 +94,24 @@ def presence_set(count: int = PRESENCE_SCENES) -> PresenceSet:
     present = [int(rng.choice(scenes.present(index))) for index in range(count)]
     absent = [language.absent_object(scenes.present(index), "adversarial", rng) for index in range(count)]
     return PresenceSet(scenes.images, np.array(present), np.array(absent))
+
+
+_CERTIFIED_SEED, CERTIFIED_SCENES, CERTIFIED_PER_CLASS, CERTIFIED_QUESTIONS = 14, 400, 14, 420
+
+
+def write_certified_sets(directory: Path) -> None:
+    """What the committed certificates are of: `scenes` (ordinary ones, each with a question that nobody reads), `single` (one
+    object in each, its name the label) and `questions` (the first of the LLaVA's existence questions), as parquet files."""
+    from lmms_smoothguard.tiny.testsets import existence_rows, existence_scenes, test_sets, write_rows
+
+    seed = _CERTIFIED_SEED
+    scenes = existence_rows(existence_scenes(CERTIFIED_SCENES, seed), seed)[:: len(language.NEGATIVES)]
+    found = zero_shot_set(CERTIFIED_PER_CLASS)
+    single = [
+        {"question": "What is in the picture?", "label": OBJECTS[label], "image": image}
+        for image, label in zip(found.images, found.labels.tolist(), strict=True)
+    ]
+    rows = {"scenes": scenes, "single": single, "questions": test_sets()["pope"][:CERTIFIED_QUESTIONS]}
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, made in rows.items():
+        write_rows(made, directory / f"{name}.parquet")

@@ -124,22 +124,30 @@ def test_sets() -> dict[str, list[dict[str, Any]]]:
 
 def write(directory: Path) -> None:
     """Writes every test set, and the universal attack's corpus; equal images are stored once a file."""
-    import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     directory.mkdir(parents=True, exist_ok=True)
     for name, rows in test_sets().items():
-        columns = {
-            key: [{"bytes": _png(row[key]), "path": None} if key == "image" else row[key] for row in rows]
-            for key in rows[0]
-        }
-        features = datasets.Features(
-            {key: datasets.Image() if key == "image" else datasets.Value("string") for key in columns}
-        )
-        table = pa.table(columns, schema=features.arrow_schema)
-        pq.write_table(table, directory / f"{name}.parquet", compression="zstd", dictionary_pagesize_limit=8 << 20)
+        write_rows(rows, directory / f"{name}.parquet")
     pq.write_table(pa.Table.from_pylist(corpus_rows()), directory / "universal_corpus.parquet", compression="zstd")
+
+
+def write_rows(rows: list[dict[str, Any]], target: Path) -> None:
+    """Writes rows with a uint8 `image` each as a parquet file that `datasets` opens."""
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {
+        key: [{"bytes": _png(row[key]), "path": None} if key == "image" else row[key] for row in rows]
+        for key in rows[0]
+    }
+    features = datasets.Features(
+        {key: datasets.Image() if key == "image" else datasets.Value("string") for key in columns}
+    )
+    table = pa.table(columns, schema=features.arrow_schema)
+    pq.write_table(table, target, compression="zstd", dictionary_pagesize_limit=8 << 20)
 
 
 def _png(image: np.ndarray) -> bytes:
