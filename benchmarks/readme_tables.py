@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from findings import findings
+from lmms_smoothguard.certifying.records import read_certificates
 from lmms_smoothguard.evaluation.records import Record, read_record
 from lmms_smoothguard.report.demo import DEMO, EXPERIMENTS
 from lmms_smoothguard.report.documents import base_task
 from lmms_smoothguard.report.experiments import CLEAN
+from lmms_smoothguard.report.smoothed import CERTIFICATIONS, SMOOTHED
+from lmms_smoothguard.report.smoothed_table import attacks_markdown, certificates_markdown
 from lmms_smoothguard.report.tables import attacks_table, markdown_table
 from lmms_smoothguard.sweeps.presets import README as SWEEPS
 from lmms_smoothguard.sweeps.records import PointRecord, read_sweep
@@ -79,11 +82,23 @@ def filled(text: str) -> str:
         text = _with_block(text, "findings", findings(sweeps, runs))
     text = _with_block(text, "clusters", _clusters([record(e.name) for e in EXPERIMENTS if _exists(e.name)]))
     text = _with_block(text, "precision", _precision(stored("precision")["flips"]))
+    text = _smoothing(text)
     if _exists("parity"):
         text = _with_block(text, "parity", parity(stored("parity")))
     measured = [name for name in ("bench", "bench_cuda") if _exists(name)]
     text = _with_block(text, "bench", costs(*map(stored, measured)))
     return _with_block(text, "parts", parts_markdown(*map(stored, measured)))
+
+
+def _smoothing(text: str) -> str:
+    """The tables of feature smoothing, of whatever is measured."""
+    runs = {one.name: record(one.name) for one in SMOOTHED if _exists(one.name)}
+    if runs and _exists("smoothing_cost"):
+        text = _with_block(text, "smoothing", attacks_markdown(runs, stored("smoothing_cost")))
+    certified = {
+        one.name: read_certificates(RESULTS / f"{one.name}.json") for one in CERTIFICATIONS if _exists(one.name)
+    }
+    return _with_block(text, "certified", certificates_markdown(certified)) if certified else text
 
 
 def _attacks() -> str:

@@ -32,7 +32,7 @@ from timing.paired import median, ratio, run_paired
 RESULTS = Path(__file__).parent / "results"
 PASSES, SIGMA, TOKENS = (8, 32), 0.2, 4
 BATCH = 32
-PLAIN, SMOOTHGUARD, TOWER = "plain", "SmoothGuard, N = 10", f"tower, one batch of {BATCH}"
+PLAIN, SMOOTHGUARD, BOTH, TOWER = "plain", "SmoothGuard, N = 10", "SmoothGuard + FS", f"tower, one batch of {BATCH}"
 
 
 def run(
@@ -80,6 +80,8 @@ def _answers(subject: Any, asked: Any, boosters: dict[str, dict[str, Any]]) -> d
         for passes in PASSES:
             smoothing = {"defense": "feature_smoothing", "num_samples": passes, "sigma": SIGMA}
             tasks[f"{name}, n0 = {passes}"] = task(smoothing | booster)
+    both = {"defense": "smoothguard+feature_smoothing", "sigma": SIGMA, "feature_samples": 8, "feature_sigma": 0.1}
+    tasks[BOTH] = task(both)
     return tasks
 
 

@@ -16,25 +16,26 @@ _BOTH = {"defense": "smoothguard+feature_smoothing", "feature_samples": "8", "fe
 
 @dataclass(frozen=True)
 class Row:
-    """name: of its records; about: what the table calls it; model_args: as lmms-eval takes them; adaptive: whether there is
-    randomness for an attacker to average over."""
+    """name: of its records; about: what the table calls it; cost: what the benchmark of costs calls it; model_args: as lmms-eval
+    takes them; adaptive: whether there is randomness for an attacker to average over."""
 
     name: str
     about: str
+    cost: str
     model_args: Mapping[str, str]
     adaptive: bool = True
 
 
 ROWS = (
-    Row("fs_plain", "undefended", {"defense": "none"}, adaptive=False),
-    Row("fs_fare", "FARE", {"defense": "none"} | _FARE, adaptive=False),
-    Row("fs_tecoa", "TeCoA", {"defense": "none"} | _TECOA, adaptive=False),
-    Row("fs", "FS", _FS),
-    Row("fs_p", "FS + P", _FS | _P),
-    Row("fs_pm", "FS + P + M", _FS | _PM),
-    Row("fs_fare_pm", "FARE + FS + PSM", _FS | _PM | _FARE),
-    Row("fs_smoothguard", "SmoothGuard", _PIXEL),
-    Row("fs_both", "SmoothGuard + FS", _BOTH),
+    Row("fs_plain", "undefended", "plain", {"defense": "none"}, adaptive=False),
+    Row("fs_fare", "FARE", "plain", {"defense": "none"} | _FARE, adaptive=False),
+    Row("fs_tecoa", "TeCoA", "plain", {"defense": "none"} | _TECOA, adaptive=False),
+    Row("fs", "FS", "FS, n0 = 8", _FS),
+    Row("fs_p", "FS + P", "FS + P, n0 = 8", _FS | _P),
+    Row("fs_pm", "FS + P + M", "FS + P + M, n0 = 8", _FS | _PM),
+    Row("fs_fare_pm", "FARE + FS + PSM", "FS + P + M, n0 = 8", _FS | _PM | _FARE),
+    Row("fs_smoothguard", "SmoothGuard", "SmoothGuard, N = 10", _PIXEL),
+    Row("fs_both", "SmoothGuard + FS", "SmoothGuard + FS", _BOTH),
 )
 """Fixed beforehand: n0 = 8 passes of sigma 0.2; SmoothGuard with N = 10 copies of sigma 0.2; over smoothed features their sigma is 0.1."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lmms_smoothguard.certifying.records import CertificateRecord
 from lmms_smoothguard.evaluation.figures import Figure
@@ -23,17 +24,18 @@ _COLUMNS = (
 """(heading, task, figure)."""
 
 
-def attacks_markdown(records: Mapping[str, Record]) -> str:
-    """One line a defence: utility, ASR of standard and adaptive attacks, time. Percent with 95 % intervals; records by name."""
+def attacks_markdown(records: Mapping[str, Record], costs: Mapping[str, Any]) -> str:
+    """One line a defence: utility, ASR of standard and adaptive attacks, cost. Percent with 95 % intervals; records by name; costs:
+    what benchmarks/smoothing_cost.py wrote, each answer's time over a plain one's."""
     present = [row for row in ROWS if row.name in records]
-    heads = ["defence", *(head for head, _, _ in _COLUMNS), "adaptive: PGD 4/255, EOT 8, 100 steps", "ms / answer"]
+    heads = ["defence", *(head for head, _, _ in _COLUMNS), "adaptive: PGD 4/255, EOT 8, 100 steps", "time : plain"]
     lines = [heads, ["---"] * len(heads)]
     for row in present:
         record, adaptive = records[row.name], records.get(f"{row.name}_eot")
         cells = [_of(record, task, figure) for _, task, figure in _COLUMNS]
         through = "-" if adaptive is None else _of(adaptive, "shapes_pope_eot", "asr")
-        seconds = record.tasks["shapes_pope"].figures["seconds_per_answer"].value
-        lines.append([row.about, *cells, through, "-" if seconds is None else f"{1000 * seconds:.0f}"])
+        ratio = costs["answers"].get(row.cost, {}).get("ratio")
+        lines.append([row.about, *cells, through, "-" if ratio is None else f"{ratio['value']:.1f}"])
     return _table(lines)
 
 
