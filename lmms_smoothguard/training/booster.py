@@ -39,7 +39,7 @@ class BoosterRecipe:
     """
 
     seed: int = 0
-    steps: tuple[int, int] = (3000, 1000)
+    steps: tuple[int, int] = (2000, 400)
     batch: int = 32
     lr: float = 1.5e-3
     weight_decay: float = 1e-3

@@ -13,6 +13,7 @@ from lmms_smoothguard.dual import DualEncoder, is_dual
 from lmms_smoothguard.errors import ConfigError
 from lmms_smoothguard.evaluation.means import Mean
 from lmms_smoothguard.subject import EMBEDDED, Subject
+from lmms_smoothguard.sweeps.session import plain_name
 from lmms_smoothguard.training.booster import STAGES, BoosterRecipe, BoosterTrainer
 from lmms_smoothguard.training.pictures import Source, folder_sources, held_out_scenes, scene_source
 
@@ -86,9 +87,7 @@ def train(
     target = out / "booster"
     trainer.booster.save(target)
     figures = trainer.held_out_figures(read_booster(target), held_out)
-    command = f"smoothguard train booster --model {model} --data {data} --seed {recipe.seed}"
-    command += f" --vision-tower {vision_tower}" if vision_tower else ""
-    command += f" --scale {scale:g}" if scale != 1 else ""
+    command = _command(model, data, vision_tower, recipe, scale)
     write_card(target, recipe, trainer.booster, figures, command, len(pictures))
     console.print("\n".join(f"{name}: {_shown(value)}" for name, value in figures.items()))
     console.print(f"done: {target}")
@@ -110,6 +109,24 @@ def _subject(model: str, device: str | None, vision_tower: str | None) -> Any:
     if vision_tower is not None:
         raise ConfigError(f"vision_tower is {vision_tower!r}, and {model} is a dual encoder; expected it alone")
     return DualEncoder(model, device, "auto")
+
+
+def _command(model: str, data: str, vision_tower: str | None, recipe: BoosterRecipe, scale: float) -> str:
+    """What makes the same booster again: whatever is not as by default."""
+    usual, words = (
+        BoosterRecipe(),
+        ["smoothguard train booster", f"--model {plain_name(model)}", f"--data {plain_name(data)}"],
+    )
+    words += [f"--vision-tower {plain_name(vision_tower)}"] if vision_tower else []
+    if scale != 1:
+        words.append(f"--scale {scale:g}")
+    elif recipe.steps != usual.steps:
+        words.append(f"--steps {recipe.steps[0]} --mapper-steps {recipe.steps[1]}")
+    if recipe.purifier != usual.purifier:
+        words.append(f"--widths {','.join(map(str, recipe.purifier.widths))} --unshuffle {recipe.purifier.unshuffle}")
+    words += [f"--sigma-max {recipe.sigmas[1]:g}"] if recipe.sigmas != usual.sigmas else []
+    words += [f"--batch {recipe.batch}"] if recipe.batch != usual.batch else []
+    return " ".join([*words, f"--seed {recipe.seed}"])
 
 
 def write_card(
