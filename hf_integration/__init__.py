@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from lmms_smoothguard.config import SmoothGuardConfig
     from lmms_smoothguard.defenses.consensus import SmoothGuardLogitsProcessor
     from lmms_smoothguard.defenses.request import SmoothGuardOutput
+    from lmms_smoothguard.smoothing.config import FeatureSmoothingConfig
+    from lmms_smoothguard.smoothing.context import smoothed
 
-__all__ = ["Observation", "SmoothGuardConfig", "SmoothGuardLogitsProcessor", "SmoothGuardOutput", "attach", "disable",
-           "enable", "enabled", "observe"]  # fmt: skip
+__all__ = ["FeatureSmoothingConfig", "Observation", "SmoothGuardConfig", "SmoothGuardLogitsProcessor", "SmoothGuardOutput", "attach", "disable",
+           "enable", "enabled", "observe", "smoothed"]  # fmt: skip
 
 _HOMES = {
     "Observation": "hf_integration.override",
@@ -34,6 +36,8 @@ _HOMES = {
     "SmoothGuardConfig": "lmms_smoothguard.config",
     "SmoothGuardLogitsProcessor": "lmms_smoothguard.defenses.consensus",
     "SmoothGuardOutput": "lmms_smoothguard.defenses.request",
+    "FeatureSmoothingConfig": "lmms_smoothguard.smoothing.config",
+    "smoothed": "lmms_smoothguard.smoothing.context",
 }
 _waiting: object | None = None
 _enabled = False
