@@ -115,14 +115,15 @@ def test_numbers_worked_out_by_hand() -> None:
     assert float(certify.hoeffding_lower(ones, 0.05)) == pytest.approx(1 - (np.log(20) / 200) ** 0.5)
     assert float(certify.bernstein_lower(ones, 0.05)) == pytest.approx(1 - 7 * np.log(40) / (3 * 99))
     assert float(certify.kl_lower(np.zeros(100), 0.05)) == float(certify.betting_lower(np.zeros(100), 0.05)) == 0
-    # One round of betting, n = 2: both values 1, stakes from variance 1/4 and (1/4 + 1/16) / 2.
-    first, second = (2 * np.log(2) / (2 * 0.25)) ** 0.5, (2 * np.log(2) / (2 * (0.25 + 0.0625) / 2)) ** 0.5
+    # Two rounds of betting: both values 1, stakes from variance 1/4, then (1/4 + 1/16) / 2 of the first value alone.
+    goal = np.log(1 / 0.9)
+    first, second = (2 * goal / (2 * 0.25)) ** 0.5, (2 * goal / (2 * (0.25 + 0.0625) / 2)) ** 0.5
 
     def capital(m: float) -> float:
-        return (1 + min(first, 0.9 / m) * (1 - m)) * (1 + min(second, 0.9 / m) * (1 - m))
+        return (1 + first * (1 - m)) * (1 + second * (1 - m))
 
-    bound = float(certify.betting_lower(np.ones(2), 0.5))
-    assert capital(bound) == pytest.approx(2) and 0 < bound < 1
+    bound = float(certify.betting_lower(np.ones(2), 0.9))
+    assert second < 0.9 / bound and capital(bound) == pytest.approx(1 / 0.9)
 
 
 @pytest.mark.parametrize("hits, n", [(0, 5), (3, 5), (5, 5), (990, 1000), (1000, 1000)])

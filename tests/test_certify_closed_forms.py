@@ -246,6 +246,18 @@ def test_the_radius_of_a_class_is_below_the_distance_of_the_boundary() -> None:
     }
 
 
+def test_the_nearest_rival_limits_the_radius_and_selection_alone_chooses() -> None:
+    generator = np.random.default_rng(3)
+    angles = np.array([-2.0, 0.0, 0.4])
+    prototypes = np.stack([np.cos(angles), np.sin(angles)], 1)
+    right, fresh = _class_draws(generator, 50, 0.0, 0.5), _class_draws(generator, 4000, 0.0, 0.5)
+    found = certify.certify_class(right, fresh, prototypes, sigma=SIGMA)
+    assert found.rival == 2 and 0 < found.radius < 0.4 / 2 / 0.5
+    elsewhere = _class_draws(generator, 50, -2.0 / 0.5, 0.5)
+    found = certify.certify_class(elsewhere, fresh, prototypes, sigma=SIGMA)
+    assert found.selected == 0 and found.status == certify.ABSTAIN and found.n_selection == 50
+
+
 def test_a_class_of_a_half_space_is_certified_up_to_its_boundary() -> None:
     """Opposite prototypes and a sign: both tests are exact, and n brings them to the distance of the boundary."""
     generator, distance = np.random.default_rng(0), 0.3
