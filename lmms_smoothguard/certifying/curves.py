@@ -94,7 +94,7 @@ def _fcsb_panel(axis: Any, radii: Any, made: Curves) -> None:
         radii, np.nan_to_num(low), np.nan_to_num(high), where=~np.isnan(high), color=BLUE, alpha=0.18, linewidth=0
     )
     axis.plot(radii, middle, color=BLUE, label="median (band: quartiles)")
-    axis.set_ylabel("FCSB: least cosine with the clean feature")
+    axis.set_ylabel("FCSB: the least cosine with u")
 
 
 def _share_panel(axis: Any, radii: Any, record: CertificateRecord) -> None:
