@@ -342,6 +342,18 @@ def test_a_killed_training_ends_where_an_unbroken_one_ends(llava, folder, tmp_pa
         assert all(torch.equal(resumed._mean[name], value) for name, value in whole._mean.items())
 
 
+def test_a_training_begins_with_another_boosters_purifier(llava, folder, tmp_path, made):
+    made.save(tmp_path / "first")
+    begun = trainer_of(llava, folder, tmp_path / "out", dataclasses.replace(RECIPE, start=str(tmp_path / "first")))
+    for name, value in made.purifier.state_dict().items():
+        torch.testing.assert_close(begun.purifier.state_dict()[name], value, rtol=1e-2, atol=1e-3)  # float16
+    other = dataclasses.replace(
+        RECIPE, start=str(tmp_path / "first"), purifier=PurifierConfig(unshuffle=2, widths=(8, 24))
+    )
+    with pytest.raises(ConfigError, match=r"has widths \(8, 16\)"):
+        trainer_of(llava, folder, tmp_path / "out", other)
+
+
 def test_training_of_other_pictures_models_or_recipes_does_not_go_on(llava, folder, tmp_path):
     list(trainer_of(llava, folder, tmp_path / "out").run(1))
     with pytest.raises(ConfigError, match="lr differ"):

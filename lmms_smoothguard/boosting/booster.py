@@ -127,6 +127,16 @@ def read_booster(directory: Path) -> Booster:
         ) from error
 
 
+def read_purifier(source: str) -> Purifier:
+    """The purifier of a booster for any tower, to go on training from; `psm` is the embedded LLaVA's.
+
+    Raises ConfigError for what is no booster of ours.
+    """
+    booster = read_booster(_HOME / "llava" if source in EMBEDDED else _directory(source))
+    assert isinstance(booster.purifier, Purifier)
+    return booster.purifier
+
+
 _lock = threading.Lock()
 _loaded: weakref.WeakKeyDictionary[Any, dict[tuple[str, bool], Booster]] = weakref.WeakKeyDictionary()
 

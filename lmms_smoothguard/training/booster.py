@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cosine_similarity, mse_loss
 
-from lmms_smoothguard.boosting.booster import Booster
+from lmms_smoothguard.boosting.booster import Booster, read_purifier
 from lmms_smoothguard.boosting.mapper import Mapper, MapperConfig
 from lmms_smoothguard.boosting.purifier import Purifier, PurifierConfig
 from lmms_smoothguard.checkpoints import load_checkpoint, optimizer_tensors, part, restore_optimizer, save_checkpoint
@@ -35,7 +35,8 @@ class BoosterRecipe:
     """Everything that decides the weights, given model, pictures, versions and the machine's arithmetic.
 
     steps: of the purifier, of the mapper (0 = none); sigmas: the range of noise levels, in [0, 1] pixel units; feature_weight: of
-    the features against the pixels in the purifier's loss; projector_weight, channel_weight: in the mapper's.
+    the features against the pixels in the purifier's loss; projector_weight, channel_weight: in the mapper's; start: a booster whose
+    purifier to begin with, for noise is much the same to every tower.
     """
 
     seed: int = 0
@@ -48,6 +49,7 @@ class BoosterRecipe:
     projector_weight: float = 0.5
     channel_weight: float = 0.1
     purifier: PurifierConfig = dataclasses.field(default_factory=PurifierConfig)
+    start: str | None = None
     mapper_hidden: int = 384
     mapper_blocks: int = 2
 
@@ -69,6 +71,8 @@ class BoosterTrainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self.purifier = Purifier(recipe.purifier).to(self._device)
+            if recipe.start is not None:
+                self._begin_from(recipe.start)
             configs = [
                 MapperConfig(width=f.shape[-1], hidden=recipe.mapper_hidden, blocks=recipe.mapper_blocks) for f in clean
             ]
@@ -93,6 +97,16 @@ class BoosterTrainer:
             size,
             weights_print(self._tower.module),
         )
+
+    def _begin_from(self, source: str) -> None:
+        """Raises ConfigError for a purifier of another shape."""
+        found = read_purifier(source)
+        if found.config != self.recipe.purifier:
+            raise ConfigError(
+                f"the purifier of {source} has widths {found.config.widths} and unshuffle {found.config.unshuffle}; expected "
+                f"{self.recipe.purifier.widths} and {self.recipe.purifier.unshuffle}: give the same ones, or no start"
+            )
+        self.purifier.load_state_dict(found.state_dict())
 
     def _trained(self) -> torch.nn.ModuleDict:
         return torch.nn.ModuleDict({"purifier": self.purifier, "mappers": self.mappers})

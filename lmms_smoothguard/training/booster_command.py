@@ -29,6 +29,9 @@ def booster(
     unshuffle: Annotated[
         int, typer.Option(min=1, help="Squares of that side become channels first: larger is cheaper.")
     ] = 2,
+    start: Annotated[
+        str | None, typer.Option(help="A booster whose purifier to begin with: psm, a directory or a hub id.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     scale: Annotated[float, typer.Option(min=0.001, max=1.0, help="Share of the steps; below 1 for a trial.")] = 1.0,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
@@ -46,6 +49,7 @@ def booster(
         widths=widths,
         unshuffle=unshuffle,
         scale=scale,
+        start=start,
     )
     train(
         model,

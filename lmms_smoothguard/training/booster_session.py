@@ -21,7 +21,16 @@ _SCENES, _FAINT_SHARE = 9000, 1 / 3
 
 
 def recipe_of(
-    *, seed: int, sigma_max: float, steps: int, mapper_steps: int, batch: int, widths: str, unshuffle: int, scale: float
+    *,
+    seed: int,
+    sigma_max: float,
+    steps: int,
+    mapper_steps: int,
+    batch: int,
+    widths: str,
+    unshuffle: int,
+    scale: float,
+    start: str | None = None,
 ) -> BoosterRecipe:
     """From the command line's options. Raises ConfigError for what cannot be meant."""
     try:
@@ -38,6 +47,7 @@ def recipe_of(
         batch=batch,
         sigmas=(0.0, sigma_max),
         purifier=PurifierConfig(unshuffle=unshuffle, widths=levels),
+        start=start,
     )
 
 
@@ -125,6 +135,7 @@ def _command(model: str, data: str, vision_tower: str | None, recipe: BoosterRec
     if recipe.purifier != usual.purifier:
         words.append(f"--widths {','.join(map(str, recipe.purifier.widths))} --unshuffle {recipe.purifier.unshuffle}")
     words += [f"--sigma-max {recipe.sigmas[1]:g}"] if recipe.sigmas != usual.sigmas else []
+    words += [f"--start {plain_name(recipe.start)}"] if recipe.start else []
     words += [f"--batch {recipe.batch}"] if recipe.batch != usual.batch else []
     return " ".join([*words, f"--seed {recipe.seed}"])
 
