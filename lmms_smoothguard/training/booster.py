@@ -40,12 +40,12 @@ class BoosterRecipe:
     """
 
     seed: int = 0
-    steps: tuple[int, int] = (2000, 400)
+    steps: tuple[int, int] = (3000, 400)
     batch: int = 32
     lr: float = 1.5e-3
     weight_decay: float = 1e-3
-    sigmas: tuple[float, float] = (0.0, 0.3)
-    feature_weight: float = 0.1
+    sigmas: tuple[float, float] = (0.0, 0.4)
+    feature_weight: float = 1.0
     projector_weight: float = 0.5
     channel_weight: float = 0.1
     purifier: PurifierConfig = dataclasses.field(default_factory=PurifierConfig)

@@ -22,13 +22,16 @@ def booster(
         str | None, typer.Option(help="Another vision tower to train for, as in --model_args.")
     ] = None,
     sigma_max: Annotated[float, typer.Option(help="The largest noise level, in [0, 1] pixel units.")] = 0.3,
-    steps: Annotated[int, typer.Option(min=1, help="Of the purifier.")] = 2000,
+    steps: Annotated[int, typer.Option(min=1, help="Of the purifier.")] = 3000,
     mapper_steps: Annotated[int, typer.Option(min=0, help="Of the mapper; 0 = no mapper.")] = 400,
     batch: Annotated[int, typer.Option(min=1)] = 32,
     widths: Annotated[str, typer.Option(help="Channels of the purifier's levels.")] = "32,64,96",
     unshuffle: Annotated[
         int, typer.Option(min=1, help="Squares of that side become channels first: larger is cheaper.")
     ] = 2,
+    feature_weight: Annotated[
+        float, typer.Option(min=0.0, help="Of the features against the pixels in the purifier's loss.")
+    ] = 1.0,
     start: Annotated[
         str | None, typer.Option(help="A booster whose purifier to begin with: psm, a directory or a hub id.")
     ] = None,
@@ -50,6 +53,7 @@ def booster(
         unshuffle=unshuffle,
         scale=scale,
         start=start,
+        feature_weight=feature_weight,
     )
     train(
         model,

@@ -31,6 +31,7 @@ def recipe_of(
     unshuffle: int,
     scale: float,
     start: str | None = None,
+    feature_weight: float = BoosterRecipe.feature_weight,
 ) -> BoosterRecipe:
     """From the command line's options. Raises ConfigError for what cannot be meant."""
     try:
@@ -48,6 +49,7 @@ def recipe_of(
         sigmas=(0.0, sigma_max),
         purifier=PurifierConfig(unshuffle=unshuffle, widths=levels),
         start=start,
+        feature_weight=feature_weight,
     )
 
 
@@ -135,6 +137,8 @@ def _command(model: str, data: str, vision_tower: str | None, recipe: BoosterRec
     if recipe.purifier != usual.purifier:
         words.append(f"--widths {','.join(map(str, recipe.purifier.widths))} --unshuffle {recipe.purifier.unshuffle}")
     words += [f"--sigma-max {recipe.sigmas[1]:g}"] if recipe.sigmas != usual.sigmas else []
+    if recipe.feature_weight != usual.feature_weight:
+        words.append(f"--feature-weight {recipe.feature_weight:g}")
     words += [f"--start {plain_name(recipe.start)}"] if recipe.start else []
     words += [f"--batch {recipe.batch}"] if recipe.batch != usual.batch else []
     return " ".join([*words, f"--seed {recipe.seed}"])
