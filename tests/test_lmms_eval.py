@@ -161,6 +161,23 @@ def test_adaptive_attack_goes_through_the_defence():
         evaluate(["shapes_pope_pgd"], limit=2, defense="none", attack_eot=2, attack_steps=2)
 
 
+@pytest.mark.parametrize("defense", ["feature_smoothing", "smoothguard+feature_smoothing"])
+def test_feature_smoothing_with_the_embedded_booster(defense):
+    """As any defence: chosen by name, its fields beside it, adaptive attacks through it."""
+    samples = {"num_samples": 4} if defense == "feature_smoothing" else {"num_samples": 3, "feature_samples": 2}
+    fields = {"defense": defense, "sigma": 0.2, "booster": "psm", **samples}
+    results = evaluate(["shapes_pope_pgd"], limit=3, attack_steps=2, **fields)
+    assert all(info["defended"] for info in infos(results, "shapes_pope_pgd"))
+    assert results["results"]["shapes_pope_pgd"]["pope_accuracy,none"] == 1.0
+    adaptive = evaluate(["shapes_pope_pgd"], limit=1, attack_steps=1, attack_eot=2, **fields)
+    (info,) = infos(adaptive, "shapes_pope_pgd")
+    assert info["attack"]["eot"] == 2
+    with pytest.raises(RuntimeError, match="was trained on 0 to"):
+        evaluate(
+            ["shapes_pope"], limit=1, **fields | {"sigma" if defense == "feature_smoothing" else "feature_sigma": 0.9}
+        )
+
+
 def test_a_process_without_samples_attacks_nothing(tmp_path):
     """lmms-eval gives it the task's first sample, whatever --offset says, and throws the answer away."""
     from lmms_eval.models import get_model
