@@ -66,7 +66,7 @@ def tecoa(
         "runs/tecoa"
     ),
     eps: _Eps = "4/255",
-    steps: _Steps = 200,
+    steps: _Steps = 150,
     inner_steps: _Inner = 10,
     batch: _Batch = 32,
     lr: _Rate = None,
