@@ -47,7 +47,7 @@ def write_card(target: Path, command: str, trainer: RobustTrainer, figures: list
         },
     }
     (target / "figures.json").write_text(json.dumps(record, indent=1) + "\n")
-    noised = f", {recipe.noised_share:.0%} of them with Gaussian noise of sigma {recipe.sigma[0]:g}-{recipe.sigma[1]:g}"
+    noised = f", {100 * recipe.noised_share:g} % of them with Gaussian noise of sigma {recipe.sigma[0]:g}-{recipe.sigma[1]:g}"
     (target / "README.md").write_text(
         _CARD.format(
             base=subject.name if "/" not in subject.name else Path(subject.name).name,
@@ -55,7 +55,7 @@ def write_card(target: Path, command: str, trainer: RobustTrainer, figures: list
             what=_WHAT[recipe.method].format(tokens=trainer.reader, classes=len(trainer.source.classes)),
             eps=f"{recipe.eps:.4f} ({255 * recipe.eps:g}/255)",
             command=command,
-            data=trainer.source.identity + (noised if recipe.noised_share else ""),
+            data=trainer.source.identity.removesuffix(", all") + (noised if recipe.noised_share else ""),
             table="\n".join(f"| {f.name} | {shown(f.before)} | {shown(f.after)} |" for f in figures),
             recipe=recipe,
         )
@@ -82,13 +82,15 @@ A `CLIPVisionModel` (fp16 safetensors, image processor beside it), fine-tuned ag
 
     {command}
 
-trains it. The same machine gives the same weights bit by bit, resumed or not; another one weights of the same quality.
+trains it. A run that is killed and resumed ends with the same weights bit by bit; another machine, or another number of threads,
+may give other weights of the same quality.
 
 ## Held-out figures
 
 Of the tower as stored, rounded to fp16; rates with Wilson 95 % intervals, means with Student's; pictures never seen in training.
-Every attack is crafted on the very model it is measured on (before: on the original, after: on the tuned one), white-box, and its
-pictures of the question figures are rounded to 8 bits. `asr` is the share of the questions that the model itself gets right clean
+Every attack is crafted on the very model it is measured on (before: on the original, after: on the tuned one), white-box; on
+features and zero-shot classification it is computed in bfloat16, and the attacked pictures of questions are rounded to 8 bits. PGD
+alone is no proof of robustness: stronger attacks may find more. `asr` is the share of the questions that the model itself gets right clean
 which it gets wrong under attack.
 
 | figure | original tower | this tower |
