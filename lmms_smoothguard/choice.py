@@ -73,3 +73,13 @@ def config_class(name: Any) -> type[Any]:
 def field_names(name: Any) -> tuple[str, ...]:
     """The fields of a defence."""
     return tuple(field.name for field in dataclasses.fields(config_class(name)))
+
+
+def check(choice: Choice | None, model: Any, image_processor: Any = None) -> None:
+    """Refuses now what the defence would refuse for every request to this model. Raises what it raises."""
+    if choice is None:
+        return
+    found = getattr(plugins.load("defenses", choice.name), "check", None)
+    if found is not None:
+        with plugins.blame("defenses", choice.name):
+            found(model, choice.config, image_processor)

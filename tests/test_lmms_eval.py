@@ -162,7 +162,7 @@ def test_adaptive_attack_goes_through_the_defence():
 
 
 @pytest.mark.parametrize("defense", ["feature_smoothing", "smoothguard+feature_smoothing"])
-def test_feature_smoothing_with_the_embedded_booster(defense):
+def test_feature_smoothing_with_the_embedded_booster(defense, monkeypatch):
     """As any defence: chosen by name, its fields beside it, adaptive attacks through it."""
     samples = {"num_samples": 4} if defense == "feature_smoothing" else {"num_samples": 3, "feature_samples": 2}
     fields = {"defense": defense, "sigma": 0.2, "booster": "psm", **samples}
@@ -172,9 +172,12 @@ def test_feature_smoothing_with_the_embedded_booster(defense):
     adaptive = evaluate(["shapes_pope_pgd"], limit=1, attack_steps=1, attack_eot=2, **fields)
     (info,) = infos(adaptive, "shapes_pope_pgd")
     assert info["attack"]["eot"] == 2
-    with pytest.raises(RuntimeError, match="was trained on 0 to"):
+    monkeypatch.setattr(PGD, "run", lambda *a, **k: pytest.fail("crafted before the booster was looked at"))
+    with pytest.raises(ConfigError, match="was trained on 0 to"):
         evaluate(
-            ["shapes_pope"], limit=1, **fields | {"sigma" if defense == "feature_smoothing" else "feature_sigma": 0.9}
+            ["shapes_pope_pgd"],
+            limit=1,
+            **fields | {"sigma" if defense == "feature_smoothing" else "feature_sigma": 0.9},
         )
 
 

@@ -19,6 +19,7 @@ from lmms_smoothguard.attacking.summary import success_so_far
 from lmms_smoothguard.attacks.cache import AttackCache, Entry
 from lmms_smoothguard.attacks.craft import Crafter, Job
 from lmms_smoothguard.attacks.goals import goal
+from lmms_smoothguard.choice import check
 from lmms_smoothguard.errors import AttackError
 from lmms_smoothguard.evaluation.questions import Question, Questions
 from lmms_smoothguard.subject import Subject
@@ -51,6 +52,7 @@ class Share:
         assert asked.cache is not None and asked.max_new_tokens is not None
         self._asked, self._subject, self._questions, self._rules = asked, subject, questions, rules
         self._store, self._quiet, self._length = store, quiet, asked.max_new_tokens
+        check(asked.defense, subject.model, getattr(subject.processor, "image_processor", subject.processor))
         self._crafter = Crafter(
             subject.model, subject.processor, AttackCache(asked.cache), asked.defense, asked.batch_size, quiet=True
         )

@@ -13,7 +13,7 @@ from lmms_smoothguard.defenses.request import Defended, Defense, Request
 from lmms_smoothguard.errors import ConfigError, UndefendableError
 from lmms_smoothguard.noise import NOISE, Inside, Randomness
 from lmms_smoothguard.smoothing.config import FeatureSmoothingConfig, check_smoothing
-from lmms_smoothguard.smoothing.context import smoothed
+from lmms_smoothguard.smoothing.context import make_smoother, smoothed
 from lmms_smoothguard.smoothing.noise import DrawnNoise
 from lmms_smoothguard.smoothing.towers import find_tower
 
@@ -84,6 +84,15 @@ def defend_both(request: Request, config: CombinedConfig) -> Defended | None:
     return defended
 
 
+def _check(model: Any, config: FeatureSmoothingConfig, image_processor: Any) -> None:
+    """A model without a tower, another model's booster, a noise level it was not trained on, pixels without a scale."""
+    make_smoother(model, config, image_processor)
+
+
+def _check_both(model: Any, config: CombinedConfig, image_processor: Any) -> None:
+    _check(model, config.features(), image_processor)
+
+
 # -- what an adaptive attacker averages over ---------------------------------------------------------------------------
 
 
@@ -105,9 +114,12 @@ def _booster(model: Any, config: FeatureSmoothingConfig | CombinedConfig) -> Any
     return load_booster(config.booster, find_tower(model), mapper=config.mapper).digest
 
 
-DEFENSE = Defense(FeatureSmoothingConfig, defend, Randomness(("sigma", "mapper"), inside=_inside, content=_booster))
+DEFENSE = Defense(
+    FeatureSmoothingConfig, defend, Randomness(("sigma", "mapper"), inside=_inside, content=_booster), _check
+)
 COMBINED = Defense(
     CombinedConfig,
     defend_both,
     Randomness((*NOISE.fields, "feature_sigma", "mapper"), NOISE.draw, _inside_both, _booster),
+    _check_both,
 )

@@ -47,11 +47,13 @@ class Defense(NamedTuple):
     config: a frozen dataclass, the defence's settings with defaults; defend: (request, config) -> Defended, or None for a
     request with nothing to defend. It may raise UndefendableError, and must rather than answer undefended.
     randomness: how an adaptive attacker draws what the defence does to pixels; None where it changes none.
+    check: (model, config, image processor or None) -> raises what `defend` would raise for every request, before hours of crafting.
     """
 
     config: type[Any]
     defend: Callable[[Request, Any], Defended | None]
     randomness: Randomness | None = None
+    check: Callable[[Any, Any, Any], None] | None = None
 
 
 @dataclass(frozen=True)

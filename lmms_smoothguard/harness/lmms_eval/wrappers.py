@@ -21,6 +21,7 @@ import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts, unwrap_generation_output
 
 import hf_integration
+from lmms_smoothguard.choice import check
 from lmms_smoothguard.encoders import TowerProvenance, check_tower, load_vision_tower
 from lmms_smoothguard.errors import ConfigError, UndefendableError, explain
 from lmms_smoothguard.harness.lmms_eval import judging, reporting, sharding
@@ -81,6 +82,7 @@ class SmoothGuardMixin:
         if processor is not None:
             hf_integration.attach(model, processor)
         defense = self._sg_options.defense
+        check(defense, model, getattr(processor, "image_processor", processor))
         model.generation_config.smoothguard = None if defense is None else defense.to_dict()
 
     def _sg_model(self) -> Any:
