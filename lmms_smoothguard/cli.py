@@ -15,6 +15,7 @@ from lmms_smoothguard.certifying.command import certify
 from lmms_smoothguard.errors import SmoothGuardError, did_you_mean, explain
 from lmms_smoothguard.report.command import compare, pool, record
 from lmms_smoothguard.sweeps.command import sweep
+from lmms_smoothguard.tiny import PLACES
 from lmms_smoothguard.training.booster_command import booster
 from lmms_smoothguard.training.robust_command import fare, tecoa
 
@@ -24,17 +25,13 @@ app = typer.Typer(
 train_app = typer.Typer(help="Train what the package ships.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
 
-_MODELS = ("tiny-llava", "tiny-guard", "tiny-clip", "tiny-fare", "tiny-tecoa")
-
 
 @app.command()
-def model(name: Annotated[str, typer.Argument(help=" or ".join(_MODELS))]) -> None:
+def model(name: Annotated[str, typer.Argument(help=" or ".join(PLACES))]) -> None:
     """Print the directory of an embedded model, for `pretrained=` and `from_pretrained`."""
-    if name not in _MODELS:
-        raise SmoothGuardError(f"unknown model {name!r}; {did_you_mean(name, _MODELS)}")
-    from lmms_smoothguard.tiny.model import MODEL_DIR
-
-    typer.echo(MODEL_DIR.parent / name.removeprefix("tiny-"))
+    if name not in PLACES:
+        raise SmoothGuardError(f"unknown model {name!r}; {did_you_mean(name, PLACES)}")
+    typer.echo(PLACES[name])
 
 
 @app.command("tasks-path")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
 from lmms_smoothguard.errors import ConfigError
-
-EMBEDDED = "tiny-clip"
+from lmms_smoothguard.tiny import place
 
 
 class DualEncoder:
@@ -20,21 +18,21 @@ class DualEncoder:
     def __init__(self, pretrained: str, device: str | None, dtype: str, *, trust_remote_code: bool = False) -> None:
         from transformers import AutoModel, AutoProcessor
 
-        place = _place(pretrained)
+        where = place(pretrained)
         self.name = pretrained
         try:
-            self.processor = AutoProcessor.from_pretrained(place, trust_remote_code=trust_remote_code)
+            self.processor = AutoProcessor.from_pretrained(where, trust_remote_code=trust_remote_code)
             model = AutoModel.from_pretrained(
-                place, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+                where, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
             )
         except (OSError, ValueError, KeyError, ImportError) as error:
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(
-                f"the model {place!r} cannot be loaded: {said}. Expected a hub id or a directory of a dual encoder"
+                f"the model {where!r} cannot be loaded: {said}. Expected a hub id or a directory of a dual encoder"
             ) from error
         if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
             raise ConfigError(
-                f"{place!r} is a {type(model).__name__}; expected a dual encoder such as CLIP or SigLIP for --what classes"
+                f"{where!r} is a {type(model).__name__}; expected a dual encoder such as CLIP or SigLIP for --what classes"
             )
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model.to(self.device).eval()
@@ -75,7 +73,7 @@ def is_dual(pretrained: str) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     try:
-        config = AutoConfig.from_pretrained(_place(pretrained))
+        config = AutoConfig.from_pretrained(place(pretrained))
     except (OSError, ValueError):
         return False
     both = all(hasattr(config, part) for part in ("vision_config", "text_config"))
@@ -85,12 +83,3 @@ def is_dual(pretrained: str) -> bool:
 def _embedding(output: Any) -> torch.Tensor:
     """transformers gives a tensor or, since 5.0, an output with the projected embedding pooled."""
     return output if isinstance(output, torch.Tensor) else output.pooler_output
-
-
-def _place(pretrained: str) -> str:
-    if pretrained == EMBEDDED:
-        from lmms_smoothguard.tiny.clip_model import CLIP_DIR
-
-        return str(CLIP_DIR)
-    path = Path(pretrained).expanduser()
-    return str(path) if path.is_dir() else pretrained

@@ -12,7 +12,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from lmms_smoothguard.encoders import TowerProvenance, check_tower, load_vision_
 from lmms_smoothguard.errors import ConfigError, did_you_mean
 from lmms_smoothguard.evaluation.questions import Question
 from lmms_smoothguard.reproducible import reproducible_sums
+from lmms_smoothguard.tiny import place
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EMBEDDED = "tiny-llava"
@@ -66,7 +66,7 @@ class Subject:
         reproducible_sums()
         self.name = str(pretrained)
         self.device = _device(device)
-        self.model, self.processor = _load(_place(self.name), self.device, dtype, trust_remote_code)
+        self.model, self.processor = _load(place(self.name), self.device, dtype, trust_remote_code)
         if vision_tower is not None:
             self.tower = load_vision_tower(self.model, vision_tower, self.processor, vision_tower_resolution)
         hf_integration.enable()
@@ -205,28 +205,19 @@ def _device(device: str | None) -> torch.device:
     return found
 
 
-def _place(pretrained: str) -> str:
-    if pretrained == EMBEDDED:
-        from lmms_smoothguard.tiny.model import MODEL_DIR
-
-        return str(MODEL_DIR)
-    path = Path(pretrained).expanduser()
-    return str(path) if path.is_dir() else pretrained
-
-
-def _load(place: str, device: torch.device, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
+def _load(where: str, device: torch.device, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(place, trust_remote_code=trust_remote_code)
+        processor = AutoProcessor.from_pretrained(where, trust_remote_code=trust_remote_code)
         model = AutoModelForImageTextToText.from_pretrained(
-            place, dtype=dtype, device_map=str(device), use_safetensors=True, trust_remote_code=trust_remote_code
+            where, dtype=dtype, device_map=str(device), use_safetensors=True, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(
-            f"the model {place!r} cannot be loaded: {str(error).splitlines()[0] if str(error) else type(error).__name__}. "
+            f"the model {where!r} cannot be loaded: {str(error).splitlines()[0] if str(error) else type(error).__name__}. "
             f"Expected a hub id, a directory with safetensors weights and a processor, or {EMBEDDED}"
         ) from error
     if not hasattr(processor, "image_processor"):
-        raise ConfigError(f"{place!r} has a {type(processor).__name__}; expected a processor of pictures and text")
+        raise ConfigError(f"{where!r} has a {type(processor).__name__}; expected a processor of pictures and text")
     return model.eval(), processor

@@ -14,10 +14,13 @@ import torch
 from typer.testing import CliRunner
 
 from lmms_smoothguard.attacking.store import Store
+from lmms_smoothguard.boosting.booster import load_booster
 from lmms_smoothguard.cli import app
+from lmms_smoothguard.encoders import load_vision_tower
 from lmms_smoothguard.errors import ConfigError
 from lmms_smoothguard.evaluation.records import read_run, write_run
 from lmms_smoothguard.fingerprint import model_fingerprint
+from lmms_smoothguard.smoothing.towers import find_tower
 from lmms_smoothguard.subject import Subject
 from lmms_smoothguard.tiny.model import MODEL_DIR
 
@@ -150,6 +153,14 @@ def attack(out, *options):
     command = ["attack", str(MODEL_DIR), POPE, "--out", str(out), "--steps", "1", "--limit", "1", "--device", "cpu"]
     done = CliRunner().invoke(app, [*command, *options], catch_exceptions=False)
     assert done.exit_code == 0, done.output
+
+
+def test_a_booster_of_the_tower_that_was_there_is_refused(towers):
+    subject = Subject("tiny-llava", "cpu")
+    assert load_booster("psm", find_tower(subject.model)) is load_booster("psm", find_tower(subject.model))
+    load_vision_tower(subject.model, towers["other"], subject.processor)
+    with pytest.raises(ConfigError, match="psm"):
+        load_booster("psm", find_tower(subject.model))
 
 
 def test_smoothguard_attack_goes_on_with_the_same_tower_alone(towers, tmp_path):

@@ -154,6 +154,13 @@ def load_booster(source: str, tower: Any, *, mapper: bool = True) -> Booster:
         return known[key]
 
 
+def forget_boosters(module: Any) -> None:
+    """After a tower (anywhere in the module) got other weights: boosters loaded for it are looked up, and checked, anew."""
+    with _lock:
+        for part in module.modules():
+            _loaded.pop(part, None)
+
+
 def _load(source: str, module: torch.nn.Module, mapper: bool) -> Booster:
     own = weights_print(module)
     if source in EMBEDDED:

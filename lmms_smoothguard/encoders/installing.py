@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lmms_smoothguard.boosting.booster import forget_boosters
 from lmms_smoothguard.encoders.naming import Tensors, canonical
 from lmms_smoothguard.errors import ConfigError
 
@@ -58,6 +59,7 @@ def install(tower: Any, ready: Tensors) -> None:
             parameters[name].copy_(ready[short])
         elif short in ready:
             parameters[name].data = ready[short]  # of position embeddings of another size
+    forget_boosters(tower)
 
 
 def see(model: Any, tower: Any, processor: Any, size: tuple[int, int]) -> None:

@@ -7,7 +7,7 @@ import json
 import logging
 from pathlib import Path
 
-from lmms_smoothguard.errors import SmoothGuardError
+from lmms_smoothguard import progress
 from lmms_smoothguard.evaluation.rates import Rate
 from lmms_smoothguard.tiny.evaluate import held_out_figures
 from lmms_smoothguard.tiny.train import Recipe, Trainer, training_scenes
@@ -33,38 +33,18 @@ def train(out: Path, seed: int = 0, scale: float = 1.0, checkpoint_every: int = 
 
     Raises SmoothGuardError when `out` holds a checkpoint of another recipe.
     """
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    except ImportError as error:
-        raise SmoothGuardError(
-            "training shows its progress with rich; pip install 'lmms-smoothguard[training]'"
-        ) from error
-
-    console = Console()
+    console = progress.console()
     recipe = scaled(Recipe(seed=seed), scale)
     trainer = Trainer(recipe, out)
     if trainer.resume():
         console.print(f"going on from {out}: stage {trainer.stage.name}, step {trainer.step} of {trainer.stage.steps}")
     console.print(f"drawing {recipe.ordinary_scenes} ordinary and {recipe.faint_scenes} faint scenes")
     scenes = training_scenes(recipe)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
-    )
-    with Progress(*columns, console=console) as bars:
-        rows = {
-            stage.name: bars.add_task(
-                stage.name, total=stage.steps, figures="", completed=stage.steps if place < trainer.stage_index else 0
-            )
-            for place, stage in enumerate(recipe.stages)
-        }
-        for stage, step, figures in trainer.run(scenes, checkpoint_every):
-            text = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
-            bars.update(rows[stage.name], completed=step + 1, figures=text if step % 10 == 0 else None)
+    stages = [(stage.name, stage.steps) for stage in recipe.stages]
+    with progress.training_bars(console, stages, trainer.stage_index, trainer.step) as bars:
+        for _, step, figures in trainer.run(scenes, checkpoint_every):
+            said = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
+            bars.show(trainer.stage_index, step + 1, said)
     target = out / "model"
     trainer.export(target)
     console.print("held-out figures")

@@ -7,12 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lmms_smoothguard import progress
 from lmms_smoothguard.boosting.booster import WEIGHTS, Booster, read_booster
 from lmms_smoothguard.boosting.purifier import PurifierConfig
 from lmms_smoothguard.dual import DualEncoder, is_dual
 from lmms_smoothguard.errors import ConfigError
 from lmms_smoothguard.evaluation.means import Mean
-from lmms_smoothguard.subject import EMBEDDED, Subject
+from lmms_smoothguard.subject import Subject
 from lmms_smoothguard.sweeps.session import plain_name
 from lmms_smoothguard.training.booster import STAGES, BoosterRecipe, BoosterTrainer
 from lmms_smoothguard.training.pictures import Source, folder_sources, held_out_scenes, scene_source
@@ -68,12 +69,7 @@ def train(
 
     Raises SmoothGuardError for a model or data that cannot be had, or a checkpoint of another training.
     """
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    except ImportError as error:
-        raise ConfigError("training shows its progress with rich; pip install 'lmms-smoothguard[training]'") from error
-    console = Console()
+    console = progress.console()
     subject = _subject(model, device, vision_tower)
     pictures, held_out = _sources(data, recipe.seed, scale)
     trainer = BoosterTrainer(recipe, subject.model, subject.processor, pictures, out)
@@ -81,21 +77,11 @@ def train(
         console.print(
             f"going on from {out}: {STAGES[trainer.stage]}, step {trainer.step} of {recipe.steps[trainer.stage]}"
         )
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
-    )
-    with Progress(*columns, console=console) as bars:
-        rows = [
-            bars.add_task(name, total=steps, figures="", completed=steps if place < trainer.stage else 0)
-            for place, (name, steps) in enumerate(zip(STAGES, recipe.steps, strict=True))
-        ]
+    with progress.training_bars(
+        console, list(zip(STAGES, recipe.steps, strict=True)), trainer.stage, trainer.step
+    ) as bars:
         for stage, step, losses in trainer.run(checkpoint_every):
-            text = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
-            bars.update(rows[stage], completed=step + 1, figures=text if step % 10 == 0 else None)
+            bars.show(stage, step + 1, "  ".join(f"{name} {value:.4f}" for name, value in losses.items()))
     target = out / "booster"
     trainer.booster.save(target)
     figures = trainer.held_out_figures(read_booster(target), held_out)
@@ -116,7 +102,7 @@ def _sources(data: str, seed: int, scale: float) -> tuple[Source, Source]:
 
 def _subject(model: str, device: str | None, vision_tower: str | None) -> Any:
     """A multimodal model or a dual encoder, with its processor. Raises ConfigError for what cannot be loaded."""
-    if model == EMBEDDED or not is_dual(model):
+    if not is_dual(model):
         return Subject(model, device, vision_tower=vision_tower)
     if vision_tower is not None:
         raise ConfigError(f"vision_tower is {vision_tower!r}, and {model} is a dual encoder; expected it alone")

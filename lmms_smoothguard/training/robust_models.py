@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from lmms_smoothguard.errors import ConfigError
+from lmms_smoothguard.tiny import place
 
 TOKENS = ("read", "class", "all")
 """Which of the tower's outputs FARE holds on to; see `Reader`."""
@@ -83,13 +83,13 @@ def load(name: str, device: str | torch.device = "cpu") -> Subject:
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, CLIPModel, CLIPVisionModel
 
-    place = _place(name)
+    where = place(name)
     try:
-        config = AutoConfig.from_pretrained(place)
+        config = AutoConfig.from_pretrained(where)
         _check_tower(config, name)
         factories = {"clip": CLIPModel, "clip_vision_model": CLIPVisionModel}
         factory: Any = factories.get(config.model_type, AutoModelForImageTextToText)
-        model = factory.from_pretrained(place, dtype=torch.float32, use_safetensors=True)
+        model = factory.from_pretrained(where, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -99,7 +99,7 @@ def load(name: str, device: str | torch.device = "cpu") -> Subject:
         ) from error
     original = find_clip_tower(model, name)
     model.to(device).eval().requires_grad_(False)
-    processor, image_processor = _processors(place, name)
+    processor, image_processor = _processors(where, name)
     tower = copy.deepcopy(original).requires_grad_(True)
     # A copy that another attention computes would not be the same function; on a CPU SDPA's bf16 backward is slow.
     for module in (tower, original):
@@ -130,24 +130,17 @@ def find_clip_tower(model: Any, name: str) -> Any:
     return found
 
 
-def _place(name: str) -> str | Path:
-    from lmms_smoothguard.tiny.clip_model import CLIP_DIR
-    from lmms_smoothguard.tiny.model import MODEL_DIR
-
-    return {"tiny-llava": MODEL_DIR, "tiny-clip": CLIP_DIR}.get(name, name)
-
-
-def _processors(place: str | Path, name: str) -> tuple[Any, Any]:
+def _processors(where: str, name: str) -> tuple[Any, Any]:
     from transformers import AutoImageProcessor, AutoProcessor
 
     try:
-        image_processor = AutoImageProcessor.from_pretrained(place)
+        image_processor = AutoImageProcessor.from_pretrained(where)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model {name!r} has no image processor ({str(error).splitlines()[0]}); expected its config beside the weights"
         ) from error
     try:
-        processor = AutoProcessor.from_pretrained(place)
+        processor = AutoProcessor.from_pretrained(where)
     except (OSError, ValueError):
         processor = image_processor  # a bare tower's directory
     return (None if type(processor) is type(image_processor) else processor), image_processor

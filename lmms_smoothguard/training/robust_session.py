@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from lmms_smoothguard.errors import ConfigError, SmoothGuardError
+from lmms_smoothguard import progress
+from lmms_smoothguard.errors import ConfigError
 from lmms_smoothguard.reproducible import reproducible_sums
 from lmms_smoothguard.training import pictures, robust_models
 from lmms_smoothguard.training.robust import RobustRecipe, RobustTrainer
@@ -103,29 +104,19 @@ def train(asked: Asked) -> list[Figures]:
 
     Raises SmoothGuardError for settings, models and data that cannot be used, and for a checkpoint of another recipe.
     """
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    except ImportError as error:
-        raise SmoothGuardError(
-            "training shows its progress with rich; pip install 'lmms-smoothguard[training]'"
-        ) from error
     from lmms_smoothguard.training.robust_figures import held_out_figures
 
     reproducible_sums()
-    console = Console()
+    console = progress.console()
     recipe = asked.recipe()
     subject = robust_models.load(asked.model, asked.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source, held_out = sources(asked)
     trainer = RobustTrainer(recipe, subject, source, asked.out)
     if trainer.resume():
         console.print(f"going on from {asked.out}: step {trainer.step} of {recipe.steps}")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-               TextColumn("{task.fields[loss]}"))  # fmt: skip
-    with Progress(*columns, console=console) as bars:
-        row = bars.add_task(asked.method, total=recipe.steps, completed=trainer.step, loss="")
+    with progress.training_bars(console, [(asked.method, recipe.steps)], 0, trainer.step) as bars:
         for step, loss in trainer.run(asked.checkpoint_every):
-            bars.update(row, completed=step, loss=f"loss under attack {loss:.4g}" if step % 10 == 1 else None)
+            bars.show(0, step, f"loss under attack {loss:.4g}")
     target = asked.out / "model"
     tower = export(subject, target)
     console.print("held-out figures")
