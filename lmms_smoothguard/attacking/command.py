@@ -10,12 +10,24 @@ import typer
 
 from lmms_smoothguard.config import parse_scalar
 from lmms_smoothguard.errors import ConfigError
+from lmms_smoothguard.shared_options import (
+    DATA,
+    MACHINE,
+    Columns,
+    Device,
+    Dtype,
+    Limit,
+    Match,
+    MaxNewTokens,
+    Question,
+    Split,
+    TrustRemoteCode,
+    VisionTower,
+    VisionTowerResolution,
+)
 
 _ATTACK = "The attack"
 _DEFENSE = "The defence"
-_DATA = "The data"
-_MACHINE = "The machine"
-_MODEL = "The model"
 
 
 def attack(
@@ -54,54 +66,28 @@ def attack(
             "--defense-set", rich_help_panel=_DEFENSE, help="Any other field: --defense-set seed=1; may be repeated."
         ),
     ] = None,
-    split: Annotated[
-        str | None, typer.Option(rich_help_panel=_DATA, help="Of a data set: test, or config:test.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(rich_help_panel=_DATA, help="The first so many questions.")] = None,
-    question: Annotated[
-        str | None,
-        typer.Option(rich_help_panel=_DATA, help="A text to ask about every picture, or a column of questions."),
-    ] = None,
-    columns: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--column",
-            rich_help_panel=_DATA,
-            help="What a column is: --column label=answer; of id, images, question, label, target, group, accepted; none for none.",
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(rich_help_panel=_DATA, help="Of an answer; a task's own, else 32.")
-    ] = None,
-    match: Annotated[
-        str, typer.Option(rich_help_panel=_DATA, help="When an answer is right: exact, or contains an accepted one.")
-    ] = "exact",
+    split: Split = None,
+    limit: Limit = None,
+    question: Question = None,
+    columns: Columns = None,
+    max_new_tokens: MaxNewTokens = None,
+    match: Match = "exact",
     judge: Annotated[
         str | None,
         typer.Option(
-            rich_help_panel=_DATA,
+            rich_help_panel=DATA,
             help="A judge decides on success instead of target or label: refusal, guard/<model>, llm/<model>.",
         ),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(rich_help_panel=_MACHINE, help="Rows of the model at once, EOT's draws counted.")
+        int, typer.Option(rich_help_panel=MACHINE, help="Rows of the model at once, EOT's draws counted.")
     ] = 32,
-    device: Annotated[str | None, typer.Option(rich_help_panel=_MACHINE, help="cpu, cuda, cuda:1.")] = None,
-    dtype: Annotated[str, typer.Option(rich_help_panel=_MACHINE, help="auto, float32, bfloat16 or float16.")] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", rich_help_panel=_MACHINE, help="Run the checkpoint's own code.")
-    ] = False,
-    cache: Annotated[Path | None, typer.Option(rich_help_panel=_MACHINE, help="Of adversarial images.")] = None,
-    vision_tower: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=_MODEL,
-            help="Another CLIP tower: a hub id, directory or .safetensors file (transformers, open_clip), tiny-fare, tiny-tecoa.",
-        ),
-    ] = None,
-    vision_tower_resolution: Annotated[
-        str, typer.Option(rich_help_panel=_MODEL, help="model, or source: a LLaVA sees pictures of the tower's size.")
-    ] = "model",
+    device: Device = None,
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    cache: Annotated[Path | None, typer.Option(rich_help_panel=MACHINE, help="Of adversarial images.")] = None,
+    vision_tower: VisionTower = None,
+    vision_tower_resolution: VisionTowerResolution = "model",
 ) -> None:
     """Craft adversarial images for any questions: PNG files and attacks.parquet, with the answers before and after.
 

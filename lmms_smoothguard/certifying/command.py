@@ -9,10 +9,22 @@ from typing import Annotated
 import typer
 
 from lmms_smoothguard.errors import ConfigError
+from lmms_smoothguard.shared_options import (
+    MACHINE,
+    Columns,
+    Device,
+    Dtype,
+    Limit,
+    Match,
+    MaxNewTokens,
+    Question,
+    Split,
+    TrustRemoteCode,
+    VisionTower,
+    VisionTowerResolution,
+)
 
 _CERTIFICATE = "The certificate"
-_DATA = "The data"
-_MACHINE = "The machine"
 
 
 def certify(
@@ -74,39 +86,18 @@ def certify(
             "--prompt", rich_help_panel=_CERTIFICATE, help="A sentence with {} for the class; may be repeated."
         ),
     ] = None,
-    split: Annotated[
-        str | None, typer.Option(rich_help_panel=_DATA, help="Of a data set: test, or config:test.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(rich_help_panel=_DATA, help="The first so many questions.")] = None,
-    question: Annotated[
-        str | None,
-        typer.Option(rich_help_panel=_DATA, help="A text to ask about every picture, or a column of questions."),
-    ] = None,
-    columns: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--column", rich_help_panel=_DATA, help="What a column is: --column label=answer; may be repeated."
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(rich_help_panel=_DATA, help="Of an answer; a task's own, else 32.")
-    ] = None,
-    match: Annotated[
-        str, typer.Option(rich_help_panel=_DATA, help="When an answer is right: exact, or contains an accepted one.")
-    ] = "exact",
-    batch_size: Annotated[int, typer.Option(rich_help_panel=_MACHINE, help="Noisy copies of the model at once.")] = 32,
-    device: Annotated[str | None, typer.Option(rich_help_panel=_MACHINE, help="cpu, cuda, cuda:1.")] = None,
-    dtype: Annotated[str, typer.Option(rich_help_panel=_MACHINE, help="auto, float32, bfloat16 or float16.")] = "auto",
-    vision_tower: Annotated[
-        str | None, typer.Option(rich_help_panel=_MACHINE, help="Another CLIP tower for a LLaVA: as in --model_args.")
-    ] = None,
-    vision_tower_resolution: Annotated[
-        str,
-        typer.Option(rich_help_panel=_MACHINE, help="model, or source: the model sees what the tower was made for."),
-    ] = "model",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", rich_help_panel=_MACHINE, help="Run the checkpoint's own code.")
-    ] = False,
+    split: Split = None,
+    limit: Limit = None,
+    question: Question = None,
+    columns: Columns = None,
+    max_new_tokens: MaxNewTokens = None,
+    match: Match = "exact",
+    batch_size: Annotated[int, typer.Option(rich_help_panel=MACHINE, help="Noisy copies of the model at once.")] = 32,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    vision_tower: VisionTower = None,
+    vision_tower_resolution: VisionTowerResolution = "model",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Certify features, classes or answers under Gaussian noise: a table, certificates.parquet, certify.json and the curves.
 

@@ -11,15 +11,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lmms_smoothguard.errors import ConfigError, SmoothGuardError
+from lmms_smoothguard.shared_options import (
+    MACHINE,
+    Columns,
+    Device,
+    Dtype,
+    Limit,
+    MaxNewTokens,
+    Question,
+    Split,
+    VisionTower,
+    VisionTowerResolution,
+)
 
 if TYPE_CHECKING:
     from lmms_smoothguard.evaluation.questions import Questions
     from lmms_smoothguard.sweeps.grid import Grid
 
 _GRID = "The grid"
-_DATA = "The data"
-_MACHINE = "The machine"
-_MODEL = "The model"
 _PRESET = "Fixed sweeps"
 
 
@@ -52,36 +61,21 @@ def sweep(
     embedder: Annotated[str, typer.Option(rich_help_panel=_GRID)] = "lexical",
     clean_copy: Annotated[str, typer.Option(rich_help_panel=_GRID, help="with, without or both.")] = "with",
     seeds: Annotated[str, typer.Option(rich_help_panel=_GRID, help="Of the defence's noise; pooled.")] = "0",
-    split: Annotated[str | None, typer.Option(rich_help_panel=_DATA, help="test, or config:test.")] = None,
-    limit: Annotated[int | None, typer.Option(rich_help_panel=_DATA, help="The first so many questions.")] = None,
-    question: Annotated[
-        str | None, typer.Option(rich_help_panel=_DATA, help="A text to ask about every picture, or a column of them.")
-    ] = None,
-    columns: Annotated[
-        list[str] | None,
-        typer.Option("--column", rich_help_panel=_DATA, help="--column label=answer; may be repeated."),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, rich_help_panel=_DATA, help="Of an answer; a task's own, else 32.")
-    ] = None,
+    split: Split = None,
+    limit: Limit = None,
+    question: Question = None,
+    columns: Columns = None,
+    max_new_tokens: MaxNewTokens = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, rich_help_panel=_MACHINE, help="Rows while crafting, EOT's draws counted.")
+        int, typer.Option(min=1, rich_help_panel=MACHINE, help="Rows while crafting, EOT's draws counted.")
     ] = 32,
-    device: Annotated[str | None, typer.Option(rich_help_panel=_MACHINE, help="cpu, cuda, cuda:1.")] = None,
-    dtype: Annotated[str, typer.Option(rich_help_panel=_MACHINE, help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Device = None,
+    dtype: Dtype = "auto",
     cache: Annotated[
-        Path | None, typer.Option(rich_help_panel=_MACHINE, help="Of adversarial images and answers.")
+        Path | None, typer.Option(rich_help_panel=MACHINE, help="Of adversarial images and answers.")
     ] = None,
-    vision_tower: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=_MODEL,
-            help="Another CLIP tower: a hub id, directory or .safetensors file (transformers, open_clip), tiny-fare, tiny-tecoa.",
-        ),
-    ] = None,
-    vision_tower_resolution: Annotated[
-        str, typer.Option(rich_help_panel=_MODEL, help="model, or source: a LLaVA sees pictures of the tower's size.")
-    ] = "model",
+    vision_tower: VisionTower = None,
+    vision_tower_resolution: VisionTowerResolution = "model",
     preset: Annotated[
         str | None, typer.Option(rich_help_panel=_PRESET, help="readme: what the README shows, on the embedded model.")
     ] = None,
