@@ -23,4 +23,7 @@ def stored() -> dict[str, CertificateRecord]:
 
 
 if __name__ == "__main__":
-    save(certified_figure(stored()), DOCS / "certified.svg")
+    if found := stored():
+        save(certified_figure(found), DOCS / "certified.svg")
+    else:
+        print("no certificates among the results; `smoothguard results --smoothing` makes them")

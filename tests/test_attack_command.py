@@ -523,6 +523,13 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_loaded(tmp_path, mon
         attack(tmp_path / "out", *options)
 
 
+def test_a_defence_that_cannot_act_is_refused_before_anything_is_crafted(tmp_path, monkeypatch):
+    monkeypatch.setattr(Crafter, "craft", lambda *a, **k: pytest.fail("crafted"))
+    options = ("--defense", "feature_smoothing", "--sigma", "0.9", "--defense-set", "booster=psm", "--eot", "2")
+    with pytest.raises(ConfigError, match=r"sigma is 0\.9; the booster psm was trained on 0 to"):
+        attack(tmp_path / "out", *options, limit=2)
+
+
 # -- processes ---------------------------------------------------------------------------------------------------------
 
 

@@ -10,12 +10,14 @@ import pytest
 import torch
 from PIL import Image
 from tiny_models.subject import Subject, row_of
+from typer.testing import CliRunner
 
 from lmms_smoothguard.boosting import booster as boosters
 from lmms_smoothguard.boosting.booster import Booster, load_booster
 from lmms_smoothguard.boosting.denoiser import Denoiser, read_denoiser
 from lmms_smoothguard.boosting.mapper import Mapper, MapperConfig
 from lmms_smoothguard.boosting.purifier import Purifier, PurifierConfig
+from lmms_smoothguard.cli import app
 from lmms_smoothguard.errors import ConfigError, UndefendableError
 from lmms_smoothguard.fingerprint import same_weights, weights_print
 from lmms_smoothguard.inputs.statistics import pixel_statistics
@@ -325,6 +327,13 @@ RECIPE = BoosterRecipe(steps=(4, 3), batch=3, purifier=SMALL, mapper_hidden=16, 
 
 def trainer_of(llava, folder, out, recipe=RECIPE):
     return BoosterTrainer(recipe, llava.model, llava.processor, folder_sources(folder, labelled=False)[0], out)
+
+
+def test_the_commands_defaults_are_the_recipes(monkeypatch):
+    asked = []
+    monkeypatch.setattr("lmms_smoothguard.training.booster_session.train", lambda *a, **k: asked.append(a[3]))
+    assert CliRunner().invoke(app, ["train", "booster"], catch_exceptions=False).exit_code == 0
+    assert asked == [BoosterRecipe()]
 
 
 def test_a_killed_training_ends_where_an_unbroken_one_ends(llava, folder, tmp_path):

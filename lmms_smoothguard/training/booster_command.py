@@ -21,7 +21,7 @@ def booster(
     vision_tower: Annotated[
         str | None, typer.Option(help="Another vision tower to train for, as in --model_args.")
     ] = None,
-    sigma_max: Annotated[float, typer.Option(help="The largest noise level, in [0, 1] pixel units.")] = 0.3,
+    sigma_max: Annotated[float, typer.Option(help="The largest noise level, in [0, 1] pixel units.")] = 0.4,
     steps: Annotated[int, typer.Option(min=1, help="Of the purifier.")] = 3000,
     mapper_steps: Annotated[int, typer.Option(min=0, help="Of the mapper; 0 = no mapper.")] = 400,
     batch: Annotated[int, typer.Option(min=1)] = 32,
