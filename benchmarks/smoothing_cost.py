@@ -30,7 +30,8 @@ from timing import subjects
 from timing.paired import median, ratio, run_paired
 
 RESULTS = Path(__file__).parent / "results"
-PASSES, SIGMA, TOKENS = (8, 32), 0.2, 4
+PASSES, SIGMA, TOKENS = (8, 32), 0.3, 4
+_SMOOTHGUARD = {"sigma": 0.2, "noise_space": "pixel"}
 BATCH = 32
 PLAIN, SMOOTHGUARD, BOTH, TOWER = "plain", "SmoothGuard, N = 10", "SmoothGuard + FS", f"tower, one batch of {BATCH}"
 
@@ -75,12 +76,12 @@ def _answers(subject: Any, asked: Any, boosters: dict[str, dict[str, Any]]) -> d
         length = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
         return lambda number: subject.model.generate(**asked[number], **length, smoothguard=defense)
 
-    tasks = {PLAIN: task(False), SMOOTHGUARD: task({"sigma": SIGMA, "noise_space": "pixel"})}
+    tasks = {PLAIN: task(False), SMOOTHGUARD: task(_SMOOTHGUARD)}
     for name, booster in boosters.items():
         for passes in PASSES:
             smoothing = {"defense": "feature_smoothing", "num_samples": passes, "sigma": SIGMA}
             tasks[f"{name}, n0 = {passes}"] = task(smoothing | booster)
-    both = {"defense": "smoothguard+feature_smoothing", "sigma": SIGMA, "feature_samples": 8, "feature_sigma": 0.1}
+    both = {"defense": "smoothguard+feature_smoothing", "feature_samples": 8, "feature_sigma": 0.1, **_SMOOTHGUARD}
     tasks[BOTH] = task(both)
     return tasks
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lmms_smoothguard.report.experiments import Experiment
 
 _PIXEL = {"sigma": "0.2", "noise_space": "pixel"}
-_FS = {"defense": "feature_smoothing", "num_samples": "8", "sigma": "0.2"}
+_FS = {"defense": "feature_smoothing", "num_samples": "8", "sigma": "0.3"}
 _P, _PM = {"booster": "psm", "mapper": "false"}, {"booster": "psm"}
 _FARE, _TECOA = {"vision_tower": "tiny-fare"}, {"vision_tower": "tiny-tecoa"}
 _BOTH = {"defense": "smoothguard+feature_smoothing", "feature_samples": "8", "feature_sigma": "0.1", **_PIXEL}
@@ -37,7 +37,7 @@ ROWS = (
     Row("fs_smoothguard", "SmoothGuard", "SmoothGuard, N = 10", _PIXEL),
     Row("fs_both", "SmoothGuard + FS", "SmoothGuard + FS", _BOTH),
 )
-"""Fixed beforehand: n0 = 8 passes of sigma 0.2; SmoothGuard with N = 10 copies of sigma 0.2; over smoothed features their sigma is 0.1."""
+"""Fixed beforehand: n0 = 8 passes of sigma 0.3; SmoothGuard with N = 10 copies of sigma 0.2; over smoothed features their sigma is 0.1."""
 
 TASKS = ("shapes_pope", "shapes_pope_pgd", "shapes_pope_apgd", "shapes_pope_feature", "shapes_pope_pgd_l2_matched",
          "shapes_pope_pgd_eps8", "shapes_pope_faint", "shapes_caption", "shapes_caption_pgd")  # fmt: skip
@@ -62,8 +62,8 @@ class Certification:
 
 
 _RADII = ("--radii", ".1,.25,.5")
-_FEATURES = ("tiny-llava", "scenes", "--sigma", "0.2", "--n", "256", *_RADII)
-_CLASSES = ("tiny-clip", "single", "--what", "classes", "--sigma", "0.2", "--n", "500", "--n-select", "64", *_RADII)
+_FEATURES = ("tiny-llava", "scenes", "--sigma", "0.3", "--n", "256", *_RADII)
+_CLASSES = ("tiny-clip", "single", "--what", "classes", "--sigma", "0.3", "--n", "500", "--n-select", "64", *_RADII)
 _ANSWERS = ("tiny-llava", "questions", "--what", "answers", "--sigma", "0.2", "--n", "500", "--n-select", "64", *_RADII)
 _PSM, _PURIFIER = ("--booster", "psm"), ("--booster", "psm", "--no-mapper")
 

@@ -32,6 +32,7 @@ def booster(
     feature_weight: Annotated[
         float, typer.Option(min=0.0, help="Of the features against the pixels in the purifier's loss.")
     ] = 1.0,
+    mapper_hidden: Annotated[int, typer.Option(min=1, help="Inner width of the mapper's blocks.")] = 384,
     start: Annotated[
         str | None, typer.Option(help="A booster whose purifier to begin with: psm, a directory or a hub id.")
     ] = None,
@@ -54,6 +55,7 @@ def booster(
         scale=scale,
         start=start,
         feature_weight=feature_weight,
+        mapper_hidden=mapper_hidden,
     )
     train(
         model,

@@ -33,6 +33,7 @@ def recipe_of(
     scale: float,
     start: str | None = None,
     feature_weight: float = BoosterRecipe.feature_weight,
+    mapper_hidden: int = BoosterRecipe.mapper_hidden,
 ) -> BoosterRecipe:
     """From the command line's options. Raises ConfigError for what cannot be meant."""
     try:
@@ -51,6 +52,7 @@ def recipe_of(
         purifier=PurifierConfig(unshuffle=unshuffle, widths=levels),
         start=start,
         feature_weight=feature_weight,
+        mapper_hidden=mapper_hidden,
     )
 
 
@@ -125,6 +127,8 @@ def _command(model: str, data: str, vision_tower: str | None, recipe: BoosterRec
     words += [f"--sigma-max {recipe.sigmas[1]:g}"] if recipe.sigmas != usual.sigmas else []
     if recipe.feature_weight != usual.feature_weight:
         words.append(f"--feature-weight {recipe.feature_weight:g}")
+    if recipe.mapper_hidden != usual.mapper_hidden:
+        words.append(f"--mapper-hidden {recipe.mapper_hidden}")
     words += [f"--start {plain_name(recipe.start)}"] if recipe.start else []
     words += [f"--batch {recipe.batch}"] if recipe.batch != usual.batch else []
     return " ".join([*words, f"--seed {recipe.seed}"])
