@@ -18,14 +18,15 @@ from lmms_smoothguard.boosting.denoiser import Denoiser, read_denoiser
 from lmms_smoothguard.boosting.mapper import Mapper, MapperConfig
 from lmms_smoothguard.boosting.purifier import Purifier, PurifierConfig
 from lmms_smoothguard.cli import app
+from lmms_smoothguard.dual import DualEncoder
 from lmms_smoothguard.errors import ConfigError, UndefendableError
 from lmms_smoothguard.fingerprint import same_weights, weights_print
 from lmms_smoothguard.inputs.statistics import pixel_statistics
 from lmms_smoothguard.smoothing.config import FeatureSmoothingConfig
 from lmms_smoothguard.smoothing.context import make_smoother, smoothed
-from lmms_smoothguard.smoothing.features import Mean
 from lmms_smoothguard.smoothing.smoother import Smoother
 from lmms_smoothguard.smoothing.towers import find_tower
+from lmms_smoothguard.subject import Subject as ModelOf
 from lmms_smoothguard.training.booster import BoosterRecipe, BoosterTrainer
 from lmms_smoothguard.training.pictures import folder_sources
 
@@ -120,13 +121,16 @@ def test_the_purifier_sees_noisy_pixels_and_the_mapper_single_features(llava, mo
     copies = smoother.noise.copies(
         smoother._images("pixel_values", {"pixel_values": pixels}), smoother.statistics, [1, 2, 3, 4]
     )
-    means, sigma = Mean(), torch.tensor([0.2])
+    directions, lengths, sigma = [], [], torch.tensor([0.2])
     for copy in copies:
         purified = (made.purifier((copy * std + mean).clamp(0, 1), sigma) - mean) / std
         features = smoother.tower.module(purified, output_hidden_states=True).hidden_states[-1][:, 1:]
         mapped = made.mappers[0](features, sigma)
-        means.add(mapped[None], features.norm(dim=-1, keepdim=True)[None])
-    torch.testing.assert_close(found, means.result(torch.float32), rtol=1e-3, atol=1e-3)
+        directions.append(mapped / mapped.norm(dim=-1, keepdim=True))
+        lengths.append(features.norm(dim=-1, keepdim=True))  # what the tower gave, not what the mapper made of it
+    direction = torch.stack(directions).mean(0)
+    expected = direction / direction.norm(dim=-1, keepdim=True) * torch.stack(lengths).mean(0)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     without = dataclasses.replace(made, mappers=None)
     assert not torch.allclose(serve(llava, monkeypatch, without)(pixels).last_hidden_state[:, 1:], found, atol=1e-2)
 
@@ -403,8 +407,14 @@ def test_pictures_that_cannot_be_had_are_refused(tmp_path, llava):
 
 
 def test_the_embedded_boosters_belong_to_their_towers(trained):
-    """psm and gsb are found by the weights of the tower."""
-    found = [load_booster(name, find_tower(trained[0])) for name in boosters.EMBEDDED]
-    assert all(one.maps and one.size == (64, 64) for one in found)
+    """psm and gsb are found by the weights of the tower: the LLaVA's own, FARE's in its place, and the dual encoder's."""
+    robust = ModelOf("tiny-llava", "cpu", vision_tower="tiny-fare")
+    towers = [find_tower(model) for model in (trained[0], robust.model, DualEncoder("tiny-clip", "cpu", "auto").model)]
+    found = [[load_booster(name, tower) for name in boosters.EMBEDDED] for tower in towers]
+    for one, other in found:
+        assert one.maps
+        assert one.size == (64, 64)
+        assert one.digest == other.digest
+    assert len({one.digest for one, _ in found}) == 3
     total = sum(path.stat().st_size for path in boosters._HOME.rglob("*") if path.is_file())
     assert total < 6_000_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from tiny_models import ARCHITECTURES
 from tiny_models.subject import SETTINGS, Subject, row_of
+from transformers.modeling_outputs import BaseModelOutput
 
 import hf_integration
 from lmms_smoothguard.choice import choose
@@ -19,7 +21,8 @@ from lmms_smoothguard.inputs.statistics import pixel_statistics
 from lmms_smoothguard.noise import NoiseSource
 from lmms_smoothguard.smoothing.config import FeatureSmoothingConfig
 from lmms_smoothguard.smoothing.context import make_smoother, smoothed
-from lmms_smoothguard.smoothing.features import Mean
+from lmms_smoothguard.smoothing.features import Mean, walk
+from lmms_smoothguard.smoothing.noise import DrawnNoise
 from lmms_smoothguard.smoothing.towers import find_tower, follow
 
 SAMPLES, SIGMA = 4, 0.3
@@ -146,6 +149,66 @@ def test_more_passes_than_fit_are_made_in_parts(llava, monkeypatch):
         parts = llava.model(**inputs).logits
     assert sizes == [4, 2, 2]
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_drawn_noise_goes_on_where_a_batch_ended(llava):
+    """A certificate's draws are as many as it says, whatever fits into memory: no batch repeats another's."""
+    pixels = llava.inputs(row_of(picture(1)))["pixel_values"]
+
+    def seeded(pictures):
+        return [torch.Generator().manual_seed(number) for number in range(pictures)]
+
+    def features(most):
+        config = dataclasses.replace(CONFIG, max_copies_per_batch=most)
+        smoother = make_smoother(llava.model, config, llava.processor.image_processor, DrawnNoise(SIGMA, seeded))
+        return torch.cat([part[:, 0] for part in smoother.features(pixels, output_hidden_states=True)])
+
+    whole = features(None)
+    assert len(whole) == SAMPLES
+    assert not torch.allclose(whole[0], whole[1], atol=1e-2)
+    torch.testing.assert_close(features(1), whole, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_tower_that_packs_its_pictures_into_one_row_is_called_copy_by_copy(llava, monkeypatch):
+    pixels = llava.inputs(row_of(picture(1)))["pixel_values"]
+    whole = make_smoother(llava.model, CONFIG, llava.processor.image_processor)(pixels)
+    tower, sizes = find_tower(llava.model).module, []
+    original = type(tower).forward
+
+    def packed(self, pixel_values, *args, **kwargs):
+        sizes.append(len(pixel_values))
+        features = original(self, pixel_values, *args, **kwargs).last_hidden_state
+        return {"last_hidden_state": features.reshape(1, -1, features.shape[-1])}
+
+    monkeypatch.setattr(type(tower), "forward", packed)
+    found = make_smoother(llava.model, CONFIG, llava.processor.image_processor)(pixels)
+    assert sizes == [SAMPLES, *[1] * SAMPLES]
+    torch.testing.assert_close(found["last_hidden_state"], whole.last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_smoothing_inside_another_is_not_squared(llava, monkeypatch):
+    tower, sizes = find_tower(llava.model).module, []
+    original = type(tower).forward
+
+    def counted(self, pixel_values, *args, **kwargs):
+        sizes.append(len(pixel_values))
+        return original(self, pixel_values, *args, **kwargs)
+
+    monkeypatch.setattr(type(tower), "forward", counted)
+    processor = llava.processor.image_processor
+    with smoothed(llava.model, CONFIG, processor), smoothed(llava.model, CONFIG, processor):
+        llava.model(**llava.inputs(row_of(picture(1))))
+    assert sizes == [SAMPLES]
+
+
+def test_attentions_of_noisy_passes_are_dropped_and_not_averaged():
+    output = BaseModelOutput(last_hidden_state=torch.ones(1, 2, 3), attentions=(torch.ones(1, 2, 2),))
+    walked = walk(output, lambda place, value: 2 * value)
+    assert walked.attentions is None
+    assert walked.last_hidden_state.eq(2).all()
 
 
 @torch.inference_mode()

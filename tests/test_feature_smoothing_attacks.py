@@ -13,6 +13,7 @@ from lmms_smoothguard.choice import choose
 from lmms_smoothguard.errors import AttackError
 from lmms_smoothguard.smoothing.config import FeatureSmoothingConfig
 from lmms_smoothguard.smoothing.context import smoothed
+from lmms_smoothguard.smoothing.towers import find_tower
 
 FS = {"defense": "feature_smoothing", "num_samples": 8, "sigma": 0.2}
 BOTH = {"defense": "smoothguard+feature_smoothing", "sigma": 0.2, "feature_samples": 8, "feature_sigma": 0.1}
@@ -95,14 +96,28 @@ def test_restarts_share_a_rows_draws_and_every_step_has_new_ones():
         inner.expect(keys, 2, 1) or inner(3)
 
 
+@pytest.mark.parametrize(("defense", "each"), [(FS, 1), (BOTH, 2)], ids=["features", "both"])
+def test_a_step_has_as_many_noisy_passes_as_the_attacker_asks_for(crafter, jobs, trained, monkeypatch, defense, each):
+    """attack_eot draws a row; where noisy copies come before the smoothing, two passes for each of them."""
+    tower, sizes = find_tower(trained[0]).module, []
+    original = type(tower).forward
+
+    def counted(self, pixel_values, *args, **kwargs):
+        if torch.is_grad_enabled() and pixel_values.requires_grad:
+            sizes.append(len(pixel_values))
+        return original(self, pixel_values, *args, **kwargs)
+
+    monkeypatch.setattr(type(tower), "forward", counted)
+    crafter(defense).craft(jobs(1, steps=1, eot=5))
+    assert sizes == [5 * each]
+
+
 def test_without_eot_the_bare_model_is_attacked(crafter, jobs):
     (bare,), (defended,) = crafter(None).craft(jobs(1, steps=2)), crafter(FS).craft(jobs(1, steps=2))
     assert (bare.images[0] == defended.images[0]).all()
 
 
 def test_the_smoothing_ends_with_the_attack(crafter, jobs, trained):
-    from lmms_smoothguard.smoothing.towers import find_tower
-
     crafter(FS).craft(jobs(1, steps=1, eot=2))
     assert "forward" not in vars(find_tower(trained[0]).module)
 

@@ -184,7 +184,7 @@ it is refused. Pictures of {size[0]} x {size[1]}, noise of sigma {low:g} to {hig
 
 makes it again; another machine's arithmetic gives other weights of the same quality.
 
-    model.generation_config.smoothguard = {{"defense": "feature_smoothing", "sigma": 0.2, "booster": "<this directory>"}}
+    model.generation_config.smoothguard = {{"defense": "feature_smoothing", "sigma": {0.75 * recipe.sigmas[1]:g}, "booster": "<this directory>"}}
 
 ## Held-out figures
 
