@@ -33,10 +33,10 @@ def _budgets(sweeps: Sweeps) -> str:
     standard, adaptive = sweeps["sweep_eps"], sweeps["sweep_eps_eot"]
     eight, sixteen = (_asr(_guarded(standard), f"pgd {eps}/255") for eps in (8, 16))
     through, wide = (_asr(_guarded(adaptive), f"pgd+eot8 {eps}/255") for eps in (8, 16))
-    _hold(through.low > eight.high, "at 8/255 the adaptive attack is stronger")
+    hold(through.low > eight.high, "at 8/255 the adaptive attack is stronger")
     return (
-        f"**Twice the budget breaks it, and an attacker who averages over the noise sooner.** ASR at 8/255: {_rate(eight)} by the standard "
-        f"attack, {_rate(through)} by the adaptive one; at 16/255 {_rate(sixteen)} and {_rate(wide)}."
+        f"**Twice the budget breaks it, and an attacker who averages over the noise sooner.** ASR at 8/255: {rate(eight)} by the standard "
+        f"attack, {rate(through)} by the adaptive one; at 16/255 {rate(sixteen)} and {rate(wide)}."
     )
 
 
@@ -44,17 +44,17 @@ def _gathered(runs: Runs) -> str:
     guarded, through = (_run_asr(runs[name]) for name in ("smoothguard_l2", "smoothguard_l2_eot"))
     patch, patch_through = (_run_asr(runs[name]) for name in ("smoothguard_patch", "smoothguard_patch_eot"))
     spread, spread_through = (_run_asr(runs[name]) for name in ("smoothguard", "smoothguard_eot40"))
-    _hold(spread.high < guarded.low and spread_through.high < through.low, "an L2 ball is harder than the L-inf ball")
+    hold(spread.high < guarded.low and spread_through.high < through.low, "an L2 ball is harder than the L-inf ball")
     ball, cube, area = (
         _attacked(runs[f"smoothguard{name}"]).attack.settings[setting]
         for name, setting in (("_l2", "eps"), ("", "eps"), ("_patch", "size"))
     )
     everywhere = cube * (3 * SIZE * SIZE) ** 0.5
-    _hold(ball < everywhere, "the L2 budget is the smaller one")
+    hold(ball < everywhere, "the L2 budget is the smaller one")
     return (
         f"**Changes that gather in one place survive the noise.** An L2 budget of {ball:g} is less than {255 * cube:g}/255 everywhere amounts "
-        f"to ({everywhere:.2f}), yet ASR is {_rate(guarded)} against {_rate(spread)}, and {_rate(through)} against {_rate(spread_through)} "
-        f"adaptive. A patch of {100 * area:g} % of the picture: {_rate(patch)}, adaptive {_rate(patch_through)}."
+        f"to ({everywhere:.2f}), yet ASR is {rate(guarded)} against {rate(spread)}, and {rate(through)} against {rate(spread_through)} "
+        f"adaptive. A patch of {100 * area:g} % of the picture: {rate(patch)}, adaptive {rate(patch_through)}."
     )
 
 
@@ -64,18 +64,18 @@ def _universal(runs: Runs) -> str:
     )
     free, free_through = runs["smoothguard_universal_free"], runs["smoothguard_universal_free_eot"]
     seen = [_run_asr(one) for one in (plain, guarded, through, free, free_through)]
-    _hold(seen[1].high < seen[2].low and seen[3].high < seen[4].low, "adaptive universal pictures get through")
+    hold(seen[1].high < seen[2].low and seen[3].high < seen[4].low, "adaptive universal pictures get through")
     return (
-        f"**One picture for all requests** (32/255) makes the undefended model comply with {_rate(seen[0])} of the forbidden requests it never "
-        f"saw, and the defended one with {_rate(seen[1])}; taught through the noise, with {_rate(seen[2])}. In any colour: {_rate(seen[3])}, "
-        f"taught through the noise {_rate(seen[4])}. The embedded model's forbidden requests are harmless ones that it was trained to refuse."
+        f"**One picture for all requests** (32/255) makes the undefended model comply with {rate(seen[0])} of the forbidden requests it never "
+        f"saw, and the defended one with {rate(seen[1])}; taught through the noise, with {rate(seen[2])}. In any colour: {rate(seen[3])}, "
+        f"taught through the noise {rate(seen[4])}. The embedded model's forbidden requests are harmless ones that it was trained to refuse."
     )
 
 
 def _poisoned(sweeps: Sweeps) -> str:
     told = [poisoned_split(sweeps[name]) for name in ("sweep_eps", "sweep_eps_eot")]
     fewer, more = (tuple(sum(one[side][n] for one in told) for n in (0, 1)) for side in (0, 1))
-    _hold(fewer[0] == 0 and more[0] == more[1], "on yes / no questions the majority decides")
+    hold(fewer[0] == 0 and more[0] == more[1], "on yes / no questions the majority decides")
     return (
         "**A poisoned majority stays poisoned.** On yes / no questions, whatever the attack: with fewer than half of the noisy copies wrong "
         f"the answer was wrong in {Rate(*fewer)} of the pictures, otherwise in {Rate(*more)}. The copy without noise votes with the attacker: "
@@ -87,7 +87,7 @@ def _questions(sweeps: Sweeps) -> str:
     standard, adaptive = sweeps["sweep_votes"], sweeps["sweep_votes_eot"]
     for record, task in ((standard, "pgd 4/255"), (adaptive, "pgd+eot8 4/255")):
         for point in _full(record):
-            _hold(_difference(point, task).value == 0, "every aggregator answers as a vote does")
+            hold(_difference(point, task).value == 0, "every aggregator answers as a vote does")
     alone, through = _alone(standard, "pgd 4/255"), _alone(adaptive, "pgd+eot8 4/255")
     return (
         "**On yes / no questions clustering adds nothing:** medoid, k-means and silhouette, over each embedding, have the ASR of a plain vote. "
@@ -106,8 +106,8 @@ def _sentences(sweeps: Sweeps) -> str:
         if not _is(point, aggregator="medoid")
     ]
     medoid = [_difference(point, both[1][1]) for point in _full(adaptive) if _is(point, aggregator="medoid")]
-    _hold(all(one.low <= 0 <= one.high for one in clusters), "no clustering differs from the vote beyond its interval")
-    _hold(alone.low > 0, "ten copies beat one")
+    hold(all(one.low <= 0 <= one.high for one in clusters), "no clustering differs from the vote beyond its interval")
+    hold(alone.low > 0, "ten copies beat one")
     low, high = (100 * pick(one.value for one in clusters) for pick in (min, max))
     worse, worst = (100 * pick(one.value for one in medoid) for pick in (min, max))
     return (
@@ -124,7 +124,7 @@ def _clean(sweeps: Sweeps) -> str:
         for point in sweeps[name].points
         if _is(point, include_clean=False, aggregator="vote", num_samples=10)
     ]
-    _hold(
+    hold(
         len(changes) == len(_ATTACKED) and all(one.low <= 0 <= one.high for one in changes),
         "the clean copy does not matter",
     )
@@ -180,10 +180,12 @@ def _run_asr(record: Record) -> Figure:
     return _attacked(record).figures["asr"]
 
 
-def _rate(figure: Figure) -> str:
+def rate(figure: Figure) -> str:
+    """A share in percent, its interval and n."""
     return f"{100 * figure.value:.1f} % ({100 * figure.low:.1f}-{100 * figure.high:.1f}, n = {figure.count})"
 
 
-def _hold(condition: bool, claim: str) -> None:
+def hold(condition: bool, claim: str) -> None:
+    """Raises ValueError where a claim is no longer so."""
     if not condition:
         raise ValueError(f"the results no longer say that {claim}; write the finding anew")

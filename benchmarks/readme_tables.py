@@ -25,6 +25,7 @@ from lmms_smoothguard.sweeps.presets import README as SWEEPS
 from lmms_smoothguard.sweeps.records import PointRecord, read_sweep
 from lmms_smoothguard.sweeps.tables import votes_table
 from peers.table import markdown as parity
+from smoothed_findings import smoothed_findings
 from timing.table import markdown as costs
 from timing.table import parts_markdown
 
@@ -98,7 +99,11 @@ def _smoothing(text: str) -> str:
     certified = {
         one.name: read_certificates(RESULTS / f"{one.name}.json") for one in CERTIFICATIONS if _exists(one.name)
     }
-    return _with_block(text, "certified", certificates_markdown(certified)) if certified else text
+    if certified:
+        text = _with_block(text, "certified", certificates_markdown(certified))
+    if len(runs) == len(SMOOTHED) and len(certified) == len(CERTIFICATIONS):
+        text = _with_block(text, "smoothed", smoothed_findings(runs, certified))
+    return text
 
 
 def _attacks() -> str:
