@@ -180,12 +180,12 @@ def test_a_tower_that_packs_its_pictures_into_one_row_is_called_copy_by_copy(lla
     def packed(self, pixel_values, *args, **kwargs):
         sizes.append(len(pixel_values))
         features = original(self, pixel_values, *args, **kwargs).last_hidden_state
-        return {"last_hidden_state": features.reshape(1, -1, features.shape[-1])}
+        return BaseModelOutput(last_hidden_state=features.reshape(1, -1, features.shape[-1]))
 
     monkeypatch.setattr(type(tower), "forward", packed)
     found = make_smoother(llava.model, CONFIG, llava.processor.image_processor)(pixels)
     assert sizes == [SAMPLES, *[1] * SAMPLES]
-    torch.testing.assert_close(found["last_hidden_state"], whole.last_hidden_state, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.last_hidden_state, whole.last_hidden_state, rtol=1e-4, atol=1e-4)
 
 
 @torch.inference_mode()
