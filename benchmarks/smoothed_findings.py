@@ -15,11 +15,12 @@ Certified = Mapping[str, CertificateRecord]
 
 def smoothed_findings(runs: Runs, certified: Certified) -> str:
     """A list in Markdown. Raises ValueError where a result says something else than its sentence."""
-    parts = [_purified(runs), _adaptive(runs), _faint(runs), _mapper(runs, certified), _certified(certified)]
+    parts = [purified(runs), _adaptive(runs), faint(runs), _mapper(runs, certified), _certified(certified)]
     return "\n".join(f"- {part}" for part in parts)
 
 
-def _purified(runs: Runs) -> str:
+def purified(runs: Runs) -> str:
+    """What the booster does against standard attacks."""
     plain, bare, boosted = (_asr(runs[name], "shapes_pope_pgd") for name in ("fs_plain", "fs", "fs_pm"))
     wide, wide_boosted = (_asr(runs[name], "shapes_pope_pgd_eps8") for name in ("fs", "fs_pm"))
     told, told_boosted = (_asr(runs[name], "shapes_caption_pgd") for name in ("fs", "fs_pm"))
@@ -45,7 +46,8 @@ def _adaptive(runs: Runs) -> str:
     return f"**Against an attacker who knows the defence** and crafts through it (EOT 8, 100 steps, 4/255), ASR is another: {listed}."
 
 
-def _faint(runs: Runs) -> str:
+def faint(runs: Runs) -> str:
+    """What it costs on the hard slice."""
     plain, bare, boosted = (runs[n].tasks["shapes_pope_faint"].figures["accuracy"] for n in ("fs_plain", "fs", "fs_pm"))
     hold(boosted.high < plain.low, "faint objects are lost")
     return (

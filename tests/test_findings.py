@@ -13,6 +13,7 @@ from lmms_smoothguard.evaluation.records import read_record
 from lmms_smoothguard.sweeps.presets import README
 from lmms_smoothguard.sweeps.records import read_sweep
 from readme_tables import ATTACKS
+from smoothed_findings import faint, purified
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
@@ -54,3 +55,16 @@ def test_a_result_that_says_otherwise_is_an_error(results):
     ]
     with pytest.raises(ValueError, match="every aggregator answers as a vote does"):
         findings({**sweeps, "sweep_votes": dataclasses.replace(votes, points=moved)}, runs)
+
+
+def test_findings_of_feature_smoothing_are_refused_too():
+    runs = {name: read_record(RESULTS / f"{name}.json") for name in ("fs_plain", "fs", "fs_pm")}
+    told = purified(runs)
+    asr = runs["fs_pm"].tasks["shapes_pope_pgd"].figures["asr"]
+    assert (
+        f"{100 * asr.value:.1f} % ({100 * asr.low:.1f}-{100 * asr.high:.1f}, n = {asr.count}) with the booster" in told
+    )
+    with pytest.raises(ValueError, match="down to 2 %"):
+        purified({**runs, "fs_pm": runs["fs"]})
+    with pytest.raises(ValueError, match="faint objects are lost"):
+        faint({**runs, "fs_pm": runs["fs_plain"]})
