@@ -1,9 +1,11 @@
 """Robustness against cost of feature smoothing on the embedded model: over the purifier's size, passes and sigma.
 
-python benchmarks/booster_curve.py --booster small=runs/booster-small/booster --booster psm=psm    # results/booster_curve.json
+smoothguard train booster --widths 16,32,64 --out runs/booster-small
+smoothguard train booster --widths 48,96,128 --out runs/booster-large
+python benchmarks/booster_curve.py --booster small=runs/booster-small/booster --booster large=runs/booster-large/booster
 
 The pictures are crafted on the undefended model, once; every point answers the same questions. What an answer costs is counted in
-encoder and purifier time on this machine (benchmarks/smoothing_cost.py measures whole answers).
+bare passes of the vision tower on this machine (benchmarks/smoothing_cost.py measures whole answers). Started again, it goes on.
 """
 
 from __future__ import annotations
@@ -35,65 +37,82 @@ from lmms_smoothguard.evaluation.machine import environment
 from lmms_smoothguard.evaluation.rates import rate
 from lmms_smoothguard.smoothing.config import FeatureSmoothingConfig
 from lmms_smoothguard.smoothing.context import make_smoother
+from lmms_smoothguard.smoothing.towers import find_tower
 from lmms_smoothguard.subject import EMBEDDED, Subject
 from lmms_smoothguard.tiny.model import prompt
 from lmms_smoothguard.tiny.testsets import test_sets
 
 RESULTS = Path(__file__).parent / "results"
-_BATCH, _TIMED = 20, 5
+_BATCH, _TIMED = 20, 9
 Rows = Sequence[dict[str, Any]]
 
 
 def run(
     booster: Annotated[
-        list[str] | None, typer.Option(help="NAME=SOURCE; may be repeated. No booster is always there.")
+        list[str] | None, typer.Option(help="NAME=SOURCE; may be repeated. No booster and psm are always there.")
     ] = None,
-    samples: Annotated[str, typer.Option(help="n0.")] = "2,4,8,16,32",
-    sigmas: Annotated[str, typer.Option()] = "0.1,0.2,0.25",
+    samples: Annotated[str, typer.Option(help="n0, at the main sigma.")] = "2,4,8,16,32",
+    sigmas: Annotated[str, typer.Option(help="At the main n0.")] = "0.1,0.2,0.3,0.4",
+    main: Annotated[tuple[float, int], typer.Option(help="Sigma and n0 of what is served.")] = (0.3, 8),
     limit: Annotated[int, typer.Option(min=1, help="Questions.")] = 200,
     cache: Annotated[Path, typer.Option()] = Path("runs/results/cache/attacks"),
     out: Annotated[Path, typer.Option()] = RESULTS / "booster_curve.json",
 ) -> None:
-    """Measure every point and write the result file."""
+    """Measure every point that the result file does not have, and write it after each: a star around what is served.
+
+    n0 is varied for no booster and for psm; sigma for every booster.
+    """
     subject, sets = Subject(EMBEDDED), test_sets()
     rows, faint = sets["pope"][:limit], sets["pope_faint"][:limit]
     attacked = {eps: _crafted(subject, rows, eps, cache) for eps in (4, 8)}
-    sources: dict[str, str | None] = {"none": None}
-    for one in booster or ["psm=psm"]:
-        name, equals, source = one.partition("=")
-        if not equals:
-            raise ConfigError(f"booster is {one!r}; expected NAME=SOURCE, such as psm=psm")
-        sources[name] = source
-    points = []
+    sources: dict[str, str | None] = {"none": None, "psm": "psm", **dict(map(_named, booster or []))}
+    setting = {"questions": limit, "sigma": main[0], "num_samples": main[1]}
+    points = _done(out, setting)
     for name, source in sources.items():
-        for sigma in map(float, sigmas.split(",")):
-            for count in map(int, samples.split(",")):
-                config = FeatureSmoothingConfig(num_samples=count, sigma=sigma, booster=source)
-                defense = {"defense": "feature_smoothing", "num_samples": count, "sigma": sigma, "booster": source}
-                right = {
-                    "clean": _right(subject, rows, [row["image"] for row in rows], defense),
-                    "faint": _right(subject, faint, [row["image"] for row in faint], defense),
-                    **{f"eps{eps}": _right(subject, rows, images, defense) for eps, images in attacked.items()},
-                }
-                point = {
-                    "booster": name,
-                    "sigma": sigma,
-                    "num_samples": count,
-                    "seconds": _seconds(subject, rows[0], config),
-                }
-                point |= {f"accuracy_{key}": rate(values).figure().to_dict() for key, values in right.items()}
-                points.append(point)
-                shown = ", ".join(f"{key} {np.mean(values):.3f}" for key, values in right.items())
-                print(f"{name}, sigma {sigma:g}, n0 {count}: {shown}; {1000 * point['seconds']:.0f} ms", flush=True)
-    parameters = {name: _parameters(subject, source) for name, source in sources.items()}
-    result = {
-        "name": "booster_curve",
-        "command": "python benchmarks/" + shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "environment": {**environment(), **hardware("cpu")},
-        "parameters": parameters,
-        "points": points,
-    }
-    out.write_text(json.dumps(result, indent=1) + "\n")
+        counts = [int(count) for count in samples.split(",")] if name in ("none", "psm") else []
+        settings = [(main[0], count) for count in counts] + [(float(sigma), main[1]) for sigma in sigmas.split(",")]
+        for sigma, count in dict.fromkeys(settings):
+            key = {"booster": name, "sigma": sigma, "num_samples": count}
+            if any(key.items() <= point.items() for point in points):
+                continue
+            config = FeatureSmoothingConfig(num_samples=count, sigma=sigma, booster=source)
+            defense = {"defense": "feature_smoothing", **key, "booster": source}
+            right = {
+                "clean": _right(subject, rows, [row["image"] for row in rows], defense),
+                "faint": _right(subject, faint, [row["image"] for row in faint], defense),
+                **{f"eps{eps}": _right(subject, rows, images, defense) for eps, images in attacked.items()},
+            }
+            parameters = {"parameters": _parameters(subject, config), "passes": _over_plain(subject, rows[0], config)}
+            shares = {f"accuracy_{name}": rate(values).figure().to_dict() for name, values in right.items()}
+            points.append(key | parameters | shares)
+            shown = ", ".join(f"{name} {np.mean(values):.3f}" for name, values in right.items())
+            print(f"{name}, sigma {sigma:g}, n0 {count}: {shown}; {parameters['passes']:.1f} plain passes", flush=True)
+            result = {
+                "name": "booster_curve",
+                "command": "python benchmarks/" + shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+                "setting": setting,
+                "environment": {**environment(), **hardware("cpu")},
+                "points": points,
+            }
+            out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _done(out: Path, setting: dict[str, Any]) -> list[dict[str, Any]]:
+    """The points that are there. Raises ConfigError for those of other settings."""
+    if not out.exists():
+        return []
+    found: dict[str, Any] = json.loads(out.read_text())
+    if found["setting"] != setting:
+        raise ConfigError(f"{out} was measured with {found['setting']}; expected {setting}: take another --out")
+    points: list[dict[str, Any]] = found["points"]
+    return points
+
+
+def _named(given: str) -> tuple[str, str]:
+    name, equals, source = given.partition("=")
+    if not equals:
+        raise ConfigError(f"booster is {given!r}; expected NAME=SOURCE, such as small=runs/booster-small/booster")
+    return name, source
 
 
 def _crafted(subject: Subject, rows: Rows, eps: int, cache: Path) -> list[np.ndarray]:
@@ -122,25 +141,26 @@ def _right(subject: Subject, rows: Rows, images: Sequence[np.ndarray], defense: 
     return found
 
 
-def _seconds(subject: Subject, row: dict[str, Any], config: FeatureSmoothingConfig) -> float:
-    """The median time of one picture's smoothed tower."""
-    pixels, taken = _inputs(subject, [row], [row["image"]])["pixel_values"], []
-    for _ in range(_TIMED):
+def _over_plain(subject: Subject, row: dict[str, Any], config: FeatureSmoothingConfig) -> float:
+    """What one picture costs: time of the smoothed tower over that of a bare pass, medians of alternating rounds."""
+    pixels, options = _inputs(subject, [row], [row["image"]])["pixel_values"], {"output_hidden_states": True}
+    tower, taken = find_tower(subject.model).module, np.zeros((_TIMED, 2))
+    for number in range(_TIMED):
         smoother = make_smoother(subject.model, config, subject.processor.image_processor)
-        started = time.perf_counter()
-        with torch.inference_mode():
-            smoother(pixels, output_hidden_states=True)
-        taken.append(time.perf_counter() - started)
-    return float(np.median(taken))
+        for place, call in enumerate((tower, smoother)):
+            started = time.perf_counter()
+            with torch.inference_mode():
+                call(pixels, **options)
+            taken[number, place] = time.perf_counter() - started
+    bare, smoothed = np.median(taken, axis=0)
+    return float(smoothed / bare)
 
 
-def _parameters(subject: Subject, source: str | None) -> int:
-    smoother = make_smoother(
-        subject.model, FeatureSmoothingConfig(booster=source, sigma=0.1), subject.processor.image_processor
-    )
-    if smoother.booster is None:
+def _parameters(subject: Subject, config: FeatureSmoothingConfig) -> int:
+    booster = make_smoother(subject.model, config, subject.processor.image_processor).booster
+    if booster is None:
         return 0
-    parts = [smoother.booster.purifier, *(smoother.booster.mappers or [])]
+    parts = [booster.purifier, *(booster.mappers or [])]
     return sum(parameter.numel() for part in parts for parameter in part.parameters())
 
 

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from curve import curve_markdown
 from findings import findings
 from lmms_smoothguard.certifying.records import read_certificates
 from lmms_smoothguard.evaluation.records import Record, read_record
@@ -96,6 +97,8 @@ def _smoothing(text: str) -> str:
     runs = {one.name: record(one.name) for one in SMOOTHED if _exists(one.name)}
     if runs and _exists("smoothing_cost"):
         text = _with_block(text, "smoothing", attacks_markdown(runs, stored("smoothing_cost")))
+    if _exists("booster_curve"):
+        text = _with_block(text, "curve", curve_markdown(stored("booster_curve")))
     certified = {
         one.name: read_certificates(RESULTS / f"{one.name}.json") for one in CERTIFICATIONS if _exists(one.name)
     }

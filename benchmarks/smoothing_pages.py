@@ -1,12 +1,14 @@
-"""Draws the curves of the certificates into docs/, from the committed result files alone.
+"""Draws the curves of the certificates, and of robustness against cost, into docs/, from the committed result files alone.
 
 python benchmarks/smoothing_pages.py
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+from curve import curve_figure
 from lmms_smoothguard.certifying.records import CertificateRecord, read_certificates
 from lmms_smoothguard.report.certified import certified_figure
 from lmms_smoothguard.report.smoothed import CERTIFICATIONS
@@ -25,5 +27,7 @@ def stored() -> dict[str, CertificateRecord]:
 if __name__ == "__main__":
     if found := stored():
         save(certified_figure(found), DOCS / "certified.svg")
-    else:
+    if (RESULTS / "booster_curve.json").exists():
+        save(curve_figure(json.loads((RESULTS / "booster_curve.json").read_text())), DOCS / "booster.svg")
+    if not found:
         print("no certificates among the results; `smoothguard results --smoothing` makes them")
