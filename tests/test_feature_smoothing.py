@@ -188,6 +188,11 @@ def test_a_tower_that_packs_its_pictures_into_one_row_is_called_copy_by_copy(lla
     torch.testing.assert_close(found.last_hidden_state, whole.last_hidden_state, rtol=1e-4, atol=1e-4)
 
 
+def test_what_the_readme_imports_is_the_same_thing():
+    assert hf_integration.smoothed is smoothed
+    assert hf_integration.FeatureSmoothingConfig is FeatureSmoothingConfig
+
+
 @torch.inference_mode()
 def test_a_smoothing_inside_another_is_not_squared(llava, monkeypatch):
     tower, sizes = find_tower(llava.model).module, []
