@@ -128,6 +128,8 @@ def test_certificates_of_features_and_of_classes_stand_in_one_line():
     assert lines[2] == "| FS | 0.800 (0.790-0.810) | 0.500 (0.490-0.510) | 90.0 (89.0-91.0) | 70.0 (69.0-71.0) |"
     assert lines[3].endswith("| - | - | 95.0 (94.0-96.0) | 60.0 (59.0-61.0) |")
     assert len(lines) == 4
+    below = certificates_markdown({"certified_fs": certificates(S=0.8, **{"inner@0.1": -0.2})})
+    assert "| ABSTAIN |" in below.splitlines()[2]
 
 
 def test_the_sets_that_certificates_are_of_are_read_as_they_were_written(tmp_path):

@@ -52,7 +52,7 @@ def certificates_markdown(records: Mapping[str, CertificateRecord]) -> str:
         if felt is None and voted is None:
             continue
         cells = ["-"] * (1 + len(radii)) if felt is None else [_number(felt.figures["S"])]
-        cells += [] if felt is None else [_number(felt.figures[f"inner@{r:g}"]) for r in radii]
+        cells += [] if felt is None else [_bound(felt.figures[f"inner@{r:g}"]) for r in radii]
         cells += ["-"] * (1 + len(radii)) if voted is None else [_percent(voted.figures["accuracy"])]
         cells += [] if voted is None else [_percent(voted.figures[f"certified_accuracy@{r:g}"]) for r in radii]
         lines.append([about, *cells])
@@ -74,6 +74,11 @@ def _number(found: Figure) -> str:
     if found.value is None or found.low is None or found.high is None:
         return "-"
     return f"{found.value:.3f} ({found.low:.3f}-{found.high:.3f})"
+
+
+def _bound(found: Figure) -> str:
+    """A cosine bound below 0 certifies nothing."""
+    return "ABSTAIN" if found.value is not None and found.value < 0 else _number(found)
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:
