@@ -31,7 +31,7 @@ from lmms_smoothguard.attacks.cache import AttackCache
 from lmms_smoothguard.attacks.craft import Crafter, Job
 from lmms_smoothguard.attacks.objective import answer_ids
 from lmms_smoothguard.attacks.settings import AttackSettings
-from lmms_smoothguard.choice import choose
+from lmms_smoothguard.boosting.booster import Booster, load_booster
 from lmms_smoothguard.errors import ConfigError
 from lmms_smoothguard.evaluation.machine import environment
 from lmms_smoothguard.evaluation.rates import rate
@@ -60,7 +60,7 @@ def run(
 ) -> None:
     """Measure every point that the result file does not have, and write it after each: a star around what is served.
 
-    n0 is varied for no booster and for psm; sigma for every booster.
+    n0 is varied for no booster and for psm, sigma for every booster. A booster that was trained anew is measured anew.
     """
     subject, sets = Subject(EMBEDDED), test_sets()
     rows, faint = sets["pope"][:limit], sets["pope_faint"][:limit]
@@ -71,21 +71,23 @@ def run(
     for name, source in sources.items():
         counts = [int(count) for count in samples.split(",")] if name in ("none", "psm") else []
         settings = [(main[0], count) for count in counts] + [(float(sigma), main[1]) for sigma in sigmas.split(",")]
+        found = None if source is None else load_booster(source, find_tower(subject.model))
+        weights = None if found is None else found.digest
+        points = [point for point in points if point["booster"] != name or point["weights"] == weights]
         for sigma, count in dict.fromkeys(settings):
-            key = {"booster": name, "sigma": sigma, "num_samples": count}
+            config = FeatureSmoothingConfig(num_samples=count, sigma=sigma, booster=source)
+            key = {"booster": name, "weights": weights, "sigma": sigma, "num_samples": count}
             if any(key.items() <= point.items() for point in points):
                 continue
-            config = FeatureSmoothingConfig(num_samples=count, sigma=sigma, booster=source)
-            defense = {"defense": "feature_smoothing", **key, "booster": source}
             right = {
-                "clean": _right(subject, rows, [row["image"] for row in rows], defense),
-                "faint": _right(subject, faint, [row["image"] for row in faint], defense),
-                **{f"eps{eps}": _right(subject, rows, images, defense) for eps, images in attacked.items()},
+                "clean": _right(subject, rows, [row["image"] for row in rows], config),
+                "faint": _right(subject, faint, [row["image"] for row in faint], config),
+                **{f"eps{eps}": _right(subject, rows, images, config) for eps, images in attacked.items()},
             }
-            parameters = {"parameters": _parameters(subject, config), "passes": _over_plain(subject, rows[0], config)}
-            shares = {f"accuracy_{name}": rate(values).figure().to_dict() for name, values in right.items()}
+            parameters = {"parameters": _parameters(found), "passes": _over_plain(subject, rows[0], config)}
+            shares = {f"accuracy_{what}": rate(values).figure().to_dict() for what, values in right.items()}
             points.append(key | parameters | shares)
-            shown = ", ".join(f"{name} {np.mean(values):.3f}" for name, values in right.items())
+            shown = ", ".join(f"{what} {np.mean(values):.3f}" for what, values in right.items())
             print(f"{name}, sigma {sigma:g}, n0 {count}: {shown}; {parameters['passes']:.1f} plain passes", flush=True)
             result = {
                 "name": "booster_curve",
@@ -129,13 +131,13 @@ def _inputs(subject: Subject, rows: Rows, images: Sequence[np.ndarray]) -> dict[
     return dict(subject.processor(images=pictures, text=texts, padding=True, return_tensors="pt"))
 
 
-def _right(subject: Subject, rows: Rows, images: Sequence[np.ndarray], defense: dict[str, Any]) -> list[bool]:
+def _right(subject: Subject, rows: Rows, images: Sequence[np.ndarray], defense: FeatureSmoothingConfig) -> list[bool]:
     found: list[bool] = []
     for start in range(0, len(rows), _BATCH):
         part = rows[start : start + _BATCH]
         inputs = _inputs(subject, part, images[start : start + _BATCH])
         with torch.inference_mode():
-            output = subject.model.generate(**inputs, max_new_tokens=3, do_sample=False, smoothguard=choose(defense))
+            output = subject.model.generate(**inputs, max_new_tokens=3, do_sample=False, smoothguard=defense)
         texts = subject.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         found += [text.strip(" .").lower() == row["answer"] for text, row in zip(texts, part, strict=True)]
     return found
@@ -156,11 +158,8 @@ def _over_plain(subject: Subject, row: dict[str, Any], config: FeatureSmoothingC
     return float(smoothed / bare)
 
 
-def _parameters(subject: Subject, config: FeatureSmoothingConfig) -> int:
-    booster = make_smoother(subject.model, config, subject.processor.image_processor).booster
-    if booster is None:
-        return 0
-    parts = [booster.purifier, *(booster.mappers or [])]
+def _parameters(booster: Booster | None) -> int:
+    parts = [] if booster is None else [booster.purifier, *(booster.mappers or [])]
     return sum(parameter.numel() for part in parts for parameter in part.parameters())
 
 

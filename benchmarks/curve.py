@@ -38,7 +38,8 @@ def curve_figure(result: Mapping[str, Any]) -> Any:
     with style():
         figure, axes = panels(1, 2, 8.6, 3.6)
         for name, (colour, marker) in _LOOK.items():
-            mine = [point for point in result["points"] if point["booster"] == name]
+            if not (mine := [point for point in result["points"] if point["booster"] == name]):
+                continue
             over_passes = [point for point in mine if point["sigma"] == sigma]
             over_sigma = [point for point in mine if point["num_samples"] == count]
             for axis, points, key in ((axes[0, 0], over_passes, "passes"), (axes[0, 1], over_sigma, "sigma")):

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 from lmms_smoothguard import plugins
 from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.errors import ConfigError, did_you_mean
+from lmms_smoothguard.smoothing.config import FeatureSmoothingConfig
 
 DEFAULT = "smoothguard"
+_OF_CONFIGS = {SmoothGuardConfig: DEFAULT, FeatureSmoothingConfig: "feature_smoothing"}
 
 
 class Choice(NamedTuple):
@@ -25,7 +27,8 @@ class Choice(NamedTuple):
 
 
 def choose(value: Any, base: Choice | None = None) -> Choice | None:
-    """A defence from what users write: None / False (off), True, a mapping of fields, a SmoothGuardConfig or a Choice.
+    """A defence from what users write: None / False (off), True, a mapping of fields, a SmoothGuardConfig,
+    a FeatureSmoothingConfig or a Choice.
 
     A mapping may name its `defense`; its fields replace those of `base` where that is the same defence, else the
     defaults. Raises ConfigError for an unknown defence or field, or an impossible value.
@@ -36,11 +39,12 @@ def choose(value: Any, base: Choice | None = None) -> Choice | None:
         return base or Choice(DEFAULT, config_class(DEFAULT)())
     if isinstance(value, Choice):
         return value
-    if type(value) is SmoothGuardConfig:
-        return Choice(DEFAULT, value)
+    if type(value) in _OF_CONFIGS:
+        return Choice(_OF_CONFIGS[type(value)], value)
     if not isinstance(value, Mapping):
         raise ConfigError(
-            f"smoothguard is {value!r}; expected True, False, a dict such as {{'sigma': 0.1}} or a SmoothGuardConfig"
+            f"smoothguard is {value!r}; expected True, False, a dict such as {{'sigma': 0.1}}, a SmoothGuardConfig or a "
+            "FeatureSmoothingConfig"
         )
     fields = dict(value)
     name = fields.pop("defense", base.name if base is not None else DEFAULT)

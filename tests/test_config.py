@@ -25,6 +25,15 @@ def test_survives_json():
     assert choose(json.loads(json.dumps(choice.to_dict()))) == choice
 
 
+def test_a_config_says_which_defence_it_is_of():
+    from hf_integration import FeatureSmoothingConfig
+
+    assert choose(FeatureSmoothingConfig(sigma=0.3)) == choose({"defense": "feature_smoothing", "sigma": 0.3})
+    assert choose(SmoothGuardConfig(sigma=0.3)) == choose({"defense": "smoothguard", "sigma": 0.3})
+    with pytest.raises(ConfigError, match="FeatureSmoothingConfig"):
+        choose(0.3)
+
+
 @pytest.mark.parametrize("off", [None, False, {"defense": "none"}])
 def test_off(off):
     assert choose(off) is None

@@ -8,23 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from lmms_smoothguard import shared_options as shared
 from lmms_smoothguard.config import parse_scalar
 from lmms_smoothguard.errors import ConfigError
-from lmms_smoothguard.shared_options import (
-    DATA,
-    MACHINE,
-    Columns,
-    Device,
-    Dtype,
-    Limit,
-    Match,
-    MaxNewTokens,
-    Question,
-    Split,
-    TrustRemoteCode,
-    VisionTower,
-    VisionTowerResolution,
-)
 
 _ATTACK = "The attack"
 _DEFENSE = "The defence"
@@ -66,28 +52,28 @@ def attack(
             "--defense-set", rich_help_panel=_DEFENSE, help="Any other field: --defense-set seed=1; may be repeated."
         ),
     ] = None,
-    split: Split = None,
-    limit: Limit = None,
-    question: Question = None,
-    columns: Columns = None,
-    max_new_tokens: MaxNewTokens = None,
-    match: Match = "exact",
+    split: shared.Split = None,
+    limit: shared.Limit = None,
+    question: shared.Question = None,
+    columns: shared.Columns = None,
+    max_new_tokens: shared.MaxNewTokens = None,
+    match: shared.Match = "exact",
     judge: Annotated[
         str | None,
         typer.Option(
-            rich_help_panel=DATA,
+            rich_help_panel=shared.DATA,
             help="A judge decides on success instead of target or label: refusal, guard/<model>, llm/<model>.",
         ),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(rich_help_panel=MACHINE, help="Rows of the model at once, EOT's draws counted.")
+        int, typer.Option(rich_help_panel=shared.MACHINE, help="Rows of the model at once, EOT's draws counted.")
     ] = 32,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    trust_remote_code: TrustRemoteCode = False,
-    cache: Annotated[Path | None, typer.Option(rich_help_panel=MACHINE, help="Of adversarial images.")] = None,
-    vision_tower: VisionTower = None,
-    vision_tower_resolution: VisionTowerResolution = "model",
+    device: shared.Device = None,
+    dtype: shared.Dtype = "auto",
+    trust_remote_code: shared.TrustRemoteCode = False,
+    cache: Annotated[Path | None, typer.Option(rich_help_panel=shared.MACHINE, help="Of adversarial images.")] = None,
+    vision_tower: shared.VisionTower = None,
+    vision_tower_resolution: shared.VisionTowerResolution = "model",
 ) -> None:
     """Craft adversarial images for any questions: PNG files and attacks.parquet, with the answers before and after.
 

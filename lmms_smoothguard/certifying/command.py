@@ -8,21 +8,8 @@ from typing import Annotated
 
 import typer
 
+from lmms_smoothguard import shared_options as shared
 from lmms_smoothguard.errors import ConfigError
-from lmms_smoothguard.shared_options import (
-    MACHINE,
-    Columns,
-    Device,
-    Dtype,
-    Limit,
-    Match,
-    MaxNewTokens,
-    Question,
-    Split,
-    TrustRemoteCode,
-    VisionTower,
-    VisionTowerResolution,
-)
 
 _CERTIFICATE = "The certificate"
 
@@ -86,18 +73,20 @@ def certify(
             "--prompt", rich_help_panel=_CERTIFICATE, help="A sentence with {} for the class; may be repeated."
         ),
     ] = None,
-    split: Split = None,
-    limit: Limit = None,
-    question: Question = None,
-    columns: Columns = None,
-    max_new_tokens: MaxNewTokens = None,
-    match: Match = "exact",
-    batch_size: Annotated[int, typer.Option(rich_help_panel=MACHINE, help="Noisy copies of the model at once.")] = 32,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    vision_tower: VisionTower = None,
-    vision_tower_resolution: VisionTowerResolution = "model",
-    trust_remote_code: TrustRemoteCode = False,
+    split: shared.Split = None,
+    limit: shared.Limit = None,
+    question: shared.Question = None,
+    columns: shared.Columns = None,
+    max_new_tokens: shared.MaxNewTokens = None,
+    match: shared.Match = "exact",
+    batch_size: Annotated[
+        int, typer.Option(rich_help_panel=shared.MACHINE, help="Noisy copies of the model at once.")
+    ] = 32,
+    device: shared.Device = None,
+    dtype: shared.Dtype = "auto",
+    vision_tower: shared.VisionTower = None,
+    vision_tower_resolution: shared.VisionTowerResolution = "model",
+    trust_remote_code: shared.TrustRemoteCode = False,
 ) -> None:
     """Certify features, classes or answers under Gaussian noise: a table, certificates.parquet, certify.json and the curves.
 

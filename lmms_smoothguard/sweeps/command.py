@@ -10,19 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lmms_smoothguard import shared_options as shared
 from lmms_smoothguard.errors import ConfigError, SmoothGuardError
-from lmms_smoothguard.shared_options import (
-    MACHINE,
-    Columns,
-    Device,
-    Dtype,
-    Limit,
-    MaxNewTokens,
-    Question,
-    Split,
-    VisionTower,
-    VisionTowerResolution,
-)
 
 if TYPE_CHECKING:
     from lmms_smoothguard.evaluation.questions import Questions
@@ -61,21 +50,21 @@ def sweep(
     embedder: Annotated[str, typer.Option(rich_help_panel=_GRID)] = "lexical",
     clean_copy: Annotated[str, typer.Option(rich_help_panel=_GRID, help="with, without or both.")] = "with",
     seeds: Annotated[str, typer.Option(rich_help_panel=_GRID, help="Of the defence's noise; pooled.")] = "0",
-    split: Split = None,
-    limit: Limit = None,
-    question: Question = None,
-    columns: Columns = None,
-    max_new_tokens: MaxNewTokens = None,
+    split: shared.Split = None,
+    limit: shared.Limit = None,
+    question: shared.Question = None,
+    columns: shared.Columns = None,
+    max_new_tokens: shared.MaxNewTokens = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, rich_help_panel=MACHINE, help="Rows while crafting, EOT's draws counted.")
+        int, typer.Option(min=1, rich_help_panel=shared.MACHINE, help="Rows while crafting, EOT's draws counted.")
     ] = 32,
-    device: Device = None,
-    dtype: Dtype = "auto",
+    device: shared.Device = None,
+    dtype: shared.Dtype = "auto",
     cache: Annotated[
-        Path | None, typer.Option(rich_help_panel=MACHINE, help="Of adversarial images and answers.")
+        Path | None, typer.Option(rich_help_panel=shared.MACHINE, help="Of adversarial images and answers.")
     ] = None,
-    vision_tower: VisionTower = None,
-    vision_tower_resolution: VisionTowerResolution = "model",
+    vision_tower: shared.VisionTower = None,
+    vision_tower_resolution: shared.VisionTowerResolution = "model",
     preset: Annotated[
         str | None, typer.Option(rich_help_panel=_PRESET, help="readme: what the README shows, on the embedded model.")
     ] = None,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lmms_smoothguard.tiny import language
+from lmms_smoothguard.tiny import PLACES, language
 from lmms_smoothguard.tiny.model import MODEL_DIR
 from lmms_smoothguard.tiny.scenes import COLORS, OBJECTS, SHAPES
 
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import CLIPModel, CLIPProcessor
 
-CLIP_DIR = Path(__file__).parent / "clip"
+CLIP_DIR = PLACES["tiny-clip"]
 """Where the trained weights, the processor and the model card stand."""
 
 PROMPT = "a photo of {}"

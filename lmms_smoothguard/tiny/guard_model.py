@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lmms_smoothguard.tiny import language
+from lmms_smoothguard.tiny import PLACES, language
 from lmms_smoothguard.tiny.guard_lessons import CATEGORIES, Lesson, lessons
 from lmms_smoothguard.tiny.scenes import OBJECTS
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-GUARD_DIR = Path(__file__).parent / "guard"
+GUARD_DIR = PLACES["tiny-guard"]
 """Where the trained weights, the tokenizer and the model card stand."""
 
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")

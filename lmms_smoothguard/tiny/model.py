@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lmms_smoothguard.tiny import language
+from lmms_smoothguard.tiny import PLACES, language
 from lmms_smoothguard.tiny.scenes import GRID, OBJECTS, SIZE
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-MODEL_DIR = Path(__file__).parent / "llava"
+MODEL_DIR = PLACES["tiny-llava"]
 """Where the trained weights, the processor and the model card stand."""
 
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")

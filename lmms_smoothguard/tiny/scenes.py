@@ -2,7 +2,7 @@
 
 Objects have a popularity and a circle of companions, so that POPE's three negative samplings (random, popular,
 adversarial) mean on these scenes what they mean on photographs. A *faint* scene blends most of its objects into the
-background at a low opacity; `tiny/MODEL_CARD.md` says why the model is trained on some of those.
+background at a low opacity; `tiny/llava/README.md` says why the model is trained on some of those.
 """
 
 from __future__ import annotations

@@ -98,6 +98,16 @@ class BoosterTrainer:
             weights_print(self._tower.module),
         )
 
+    @property
+    def read(self) -> str:
+        """What is read of the tower, in words."""
+        return "its pooled output" if self._tower.dual else "the tokens that the language model reads, meaned over them"
+
+    @property
+    def sees_projector(self) -> bool:
+        """Whether the mapper's loss looks behind the projector."""
+        return self._projector is not None
+
     def _begin_from(self, source: str) -> None:
         """Raises ConfigError for a purifier of another shape."""
         found = read_purifier(source)

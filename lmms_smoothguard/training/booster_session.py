@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lmms_smoothguard import progress
-from lmms_smoothguard.boosting.booster import WEIGHTS, Booster, read_booster
+from lmms_smoothguard.boosting.booster import WEIGHTS, read_booster
 from lmms_smoothguard.boosting.purifier import PurifierConfig
 from lmms_smoothguard.dual import DualEncoder, is_dual
 from lmms_smoothguard.errors import ConfigError
@@ -88,7 +88,7 @@ def train(
     trainer.booster.save(target)
     figures = trainer.held_out_figures(read_booster(target), held_out)
     command = _command(model, data, vision_tower, recipe, scale)
-    write_card(target, recipe, trainer.booster, figures, command, len(pictures))
+    write_card(target, recipe, trainer, figures, command, len(pictures))
     console.print("\n".join(f"{name}: {_shown(value)}" for name, value in figures.items()))
     console.print(f"done: {target}")
     return figures
@@ -135,9 +135,11 @@ def _command(model: str, data: str, vision_tower: str | None, recipe: BoosterRec
 
 
 def write_card(
-    target: Path, recipe: BoosterRecipe, booster: Booster, figures: dict[str, Mean], command: str, pictures: int
+    target: Path, recipe: BoosterRecipe, trainer: BoosterTrainer, figures: dict[str, Mean], command: str, pictures: int
 ) -> None:
     """Writes `README.md` (the model card) and `figures.json` beside the weights."""
+    booster = trainer.booster
+    error = f" plus {recipe.projector_weight:g} times the relative squared error behind the projector"
     sizes = [
         sum(p.numel() for p in part.parameters()) for part in (booster.purifier, booster.mappers) if part is not None
     ]
@@ -158,6 +160,9 @@ def write_card(
             low=recipe.sigmas[0],
             high=recipe.sigmas[1],
             recipe=recipe,
+            middle=0.75 * recipe.sigmas[1],
+            read=trainer.read,
+            projector=error if trainer.sees_projector else "",
             pictures=pictures,
             table="\n".join(f"| {name} | {_shown(value)} |" for name, value in figures.items()),
         )
@@ -184,12 +189,14 @@ it is refused. Pictures of {size[0]} x {size[1]}, noise of sigma {low:g} to {hig
 
 makes it again; another machine's arithmetic gives other weights of the same quality.
 
-    model.generation_config.smoothguard = {{"defense": "feature_smoothing", "sigma": {0.75 * recipe.sigmas[1]:g}, "booster": "<this directory>"}}
+    hf_integration.FeatureSmoothingConfig(sigma={middle:g}, booster="<this directory>")
+
+uses it, in `hf_integration.smoothed` or, for a model that answers, as its `generation_config.smoothguard`.
 
 ## Held-out figures
 
 Means with Student's 95 % intervals over pictures that training never saw, one noisy copy of each at each noise level. S: the cosine between
-what the language model reads of the clean picture and of the noisy copy, meaned over tokens.
+what is read of the tower for the clean picture and for the noisy copy: {read}.
 
 | figure | mean |
 |---|---|
@@ -199,8 +206,8 @@ what the language model reads of the clean picture and of the noisy copy, meaned
 
 {pictures} pictures; {recipe.steps[0]} steps for the purifier, {recipe.steps[1]} for the mapper, {recipe.batch} pictures each; AdamW, peak learning rate {recipe.lr:g},
 cosine decay, running mean of the weights. The purifier's loss is the squared error of the pixels plus {recipe.feature_weight:g} times the
-features' 1 - cos; the mapper's the features' 1 - cos plus {recipe.projector_weight:g} times the relative squared error behind the projector plus
-{recipe.channel_weight:g} times that of each channel's mean and variance.
+features' 1 - cos; the mapper's the features' 1 - cos{projector} plus
+{recipe.channel_weight:g} times the error of each channel's mean and variance.
 
 What a purifier takes for noise it takes away: very faint things may vanish. Look at the utility on such pictures before you use it.
 """
