@@ -15,7 +15,7 @@ from typing import Any
 from curve import curve_markdown
 from findings import findings
 from lmms_smoothguard.certifying.records import read_certificates
-from lmms_smoothguard.evaluation.records import Record, read_record
+from lmms_smoothguard.evaluation.records import Record, read_record, read_run
 from lmms_smoothguard.report.demo import DEMO, EXPERIMENTS
 from lmms_smoothguard.report.documents import base_task
 from lmms_smoothguard.report.experiments import CLEAN
@@ -105,7 +105,8 @@ def _smoothing(text: str) -> str:
     if certified:
         text = _with_block(text, "certified", certificates_markdown(certified))
     if len(runs) == len(SMOOTHED) and len(certified) == len(CERTIFICATIONS):
-        text = _with_block(text, "smoothed", smoothed_findings(runs, certified))
+        measured = {name: read_run(RESULTS / f"{name}.json") for name in runs}
+        text = _with_block(text, "smoothed", smoothed_findings(measured, certified))
     return text
 
 

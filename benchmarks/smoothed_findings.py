@@ -7,15 +7,21 @@ from collections.abc import Mapping
 from findings import hold, rate
 from lmms_smoothguard.certifying.records import CertificateRecord
 from lmms_smoothguard.evaluation.figures import Figure
-from lmms_smoothguard.evaluation.records import Record
+from lmms_smoothguard.evaluation.records import Record, Run
+from lmms_smoothguard.evaluation.summaries import figures_of
 
+CHOSEN_ON = 150
+"""Sigma and the booster's training were chosen on so many of the questions, the first ones."""
 Runs = Mapping[str, Record]
 Certified = Mapping[str, CertificateRecord]
 
 
-def smoothed_findings(runs: Runs, certified: Certified) -> str:
+def smoothed_findings(measured: Mapping[str, Run], certified: Certified) -> str:
     """A list in Markdown. Raises ValueError where a result says something else than its sentence."""
-    parts = [purified(runs), _adaptive(runs), faint(runs), _mapper(runs, certified), _certified(certified)]
+    runs = {name: run.record for name, run in measured.items()}
+    parts = [
+        purified(runs), unseen(measured), _adaptive(runs), faint(runs), _mapper(runs, certified), _certified(certified)
+    ]  # fmt: skip
     return "\n".join(f"- {part}" for part in parts)
 
 
@@ -32,6 +38,23 @@ def purified(runs: Runs) -> str:
         f"**The purifier does most of it.** PGD at 4/255: {rate(plain)} undefended, {rate(bare)} smoothed, {rate(boosted)} with the booster; at "
         f"8/255 {rate(wide)} smoothed and {rate(wide_boosted)} with it, on captions {rate(told)} and {rate(told_boosted)}. Clean accuracy goes "
         f"from {rate(before)} to {rate(after)}."
+    )
+
+
+def unseen(measured: Mapping[str, Run]) -> str:
+    """What is left of it on questions that nothing was chosen on."""
+
+    def asr(name: str, task: str) -> Figure:
+        rest = [s for s in measured[name].of(task) if int(s.id) >= CHOSEN_ON]
+        return figures_of(rest)["asr"]
+
+    plain, bare, boosted = (asr(name, "shapes_pope_pgd") for name in ("fs_plain", "fs", "fs_pm"))
+    wide, wide_boosted = (asr(name, "shapes_pope_pgd_eps8") for name in ("fs", "fs_pm"))
+    hold(plain.value >= 0.9 and boosted.value <= 0.02, "the booster does as well on questions it was not chosen on")
+    return (
+        f"**It is no fruit of choosing.** Sigma and the booster's training were chosen on the first {CHOSEN_ON} of these questions, under PGD. "
+        f"On the others ASR at 4/255 is {rate(plain)} undefended, {rate(bare)} smoothed and {rate(boosted)} with the booster; at 8/255 "
+        f"{rate(wide)} smoothed and {rate(wide_boosted)} with it."
     )
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from findings import findings
-from lmms_smoothguard.evaluation.records import read_record
+from lmms_smoothguard.evaluation.records import read_record, read_run
 from lmms_smoothguard.sweeps.presets import README
 from lmms_smoothguard.sweeps.records import read_sweep
 from readme_tables import ATTACKS
-from smoothed_findings import faint, purified
+from smoothed_findings import faint, purified, unseen
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
@@ -66,5 +66,12 @@ def test_findings_of_feature_smoothing_are_refused_too():
     )
     with pytest.raises(ValueError, match="down to 2 %"):
         purified({**runs, "fs_pm": runs["fs"]})
+    measured = {name: read_run(RESULTS / f"{name}.json") for name in runs}
+    rest = [s for s in measured["fs_pm"].of("shapes_pope_pgd") if int(s.id) >= 150]
+    wrong = sum(s.right is False for s in rest)
+    assert len(rest) == 270
+    assert f"{100 * wrong / 270:.1f} % (" in unseen(measured)
+    with pytest.raises(ValueError, match="not chosen on"):
+        unseen({**measured, "fs_pm": measured["fs"]})
     with pytest.raises(ValueError, match="faint objects are lost"):
         faint({**runs, "fs_pm": runs["fs_plain"]})
