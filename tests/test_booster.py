@@ -371,6 +371,11 @@ def test_training_of_other_pictures_models_or_recipes_does_not_go_on(llava, fold
     list(trainer_of(llava, folder, tmp_path / "out").run(1))
     with pytest.raises(ConfigError, match="lr differ"):
         trainer_of(llava, folder, tmp_path / "out", dataclasses.replace(RECIPE, lr=1.0)).resume()
+    twin = Subject("llava")
+    with torch.no_grad():
+        next(find_tower(twin.model).module.parameters()).add_(0.01)
+    with pytest.raises(ConfigError, match="model differ"):
+        trainer_of(twin, folder, tmp_path / "out").resume()
     picture(9).save(folder / "one_more.png")
     with pytest.raises(ConfigError, match="pictures differ"):
         trainer_of(llava, folder, tmp_path / "out").resume()

@@ -22,7 +22,7 @@ from lmms_smoothguard.boosting.purifier import Purifier, PurifierConfig
 from lmms_smoothguard.checkpoints import load_checkpoint, optimizer_tensors, part, restore_optimizer, save_checkpoint
 from lmms_smoothguard.errors import ConfigError
 from lmms_smoothguard.evaluation.means import Mean, mean
-from lmms_smoothguard.fingerprint import weights_print
+from lmms_smoothguard.fingerprint import model_fingerprint, weights_print
 from lmms_smoothguard.inputs.statistics import PixelStatistics, pixel_statistics
 from lmms_smoothguard.smoothing.towers import Tower, find_tower
 from lmms_smoothguard.training.pictures import Source, to_pixels
@@ -67,6 +67,7 @@ class BoosterTrainer:
         first = self._pixels(pictures, np.zeros(1, int))
         self._size = tuple(first.shape[-2:])
         model.requires_grad_(False).eval()
+        self._model_print = model_fingerprint(model)
         clean = self.features(first)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
@@ -225,7 +226,7 @@ class BoosterTrainer:
     def _average(self) -> None:
         """The running mean of the weights (EMA), which is what is kept in the end."""
         keep = min(0.995, self.step / (self.step + 10))
-        prefix = f"{STAGES[self.stage]}." if self.stage == 0 else "mappers."
+        prefix = ("purifier.", "mappers.")[self.stage]
         with torch.no_grad():
             for name, value in self._trained().state_dict().items():
                 if name.startswith(prefix):
@@ -283,7 +284,7 @@ class BoosterTrainer:
     def _identity(self) -> dict[str, Any]:
         return {
             **dataclasses.asdict(self.recipe),
-            "tower": weights_print(self._tower.module)[0],
+            "model": self._model_print,
             "pictures": self._pictures.identity,
         }
 
