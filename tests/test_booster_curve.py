@@ -22,7 +22,7 @@ def measured(monkeypatch):
         asked.append((config.booster, config.sigma, config.num_samples))
         return [True] * 9 + [False]
 
-    monkeypatch.setattr(booster_curve, "_crafted", lambda subject, rows, eps, cache: [row["image"] for row in rows])
+    monkeypatch.setattr(booster_curve, "crafted", lambda subject, rows, eps, cache: [row["image"] for row in rows])
     monkeypatch.setattr(booster_curve, "_right", right)
     monkeypatch.setattr(booster_curve, "_over_plain", lambda subject, row, config: 2.0 * config.num_samples)
     monkeypatch.setattr(booster_curve, "_parameters", lambda booster: 0 if booster is None else 700_000)
