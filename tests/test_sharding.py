@@ -371,13 +371,15 @@ def test_deterministic_kernels_are_asked_for_and_given_back(trained, strangers, 
     run, seen = PGD.run, []
 
     def watched(*args, **kwargs):
-        seen.append(torch.are_deterministic_algorithms_enabled())
+        filling = torch.utils.deterministic.fill_uninitialized_memory
+        seen.append((torch.are_deterministic_algorithms_enabled(), filling))
         return run(*args, **kwargs)
 
     monkeypatch.setattr(PGD, "run", watched)
     Crafter(model, processor.image_processor, AttackCache(tmp_path), quiet=True).craft(strangers(steps=1)[:1])
-    assert seen == [True]
+    assert seen == [(True, False)]
     assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory  # torch's own default
 
 
 def test_sums_are_reproducible_unless_the_user_wants_other_ones(monkeypatch):

@@ -11,17 +11,23 @@ import torch
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """Deterministic kernels where there are any: some on a GPU sum in whatever order their threads arrive."""
+    """Deterministic kernels where there are any: some on a GPU sum in whatever order their threads arrive.
+
+    Torch then also fills memory that nobody has written yet, for those who read it; nothing here does, and it took a tenth of a step.
+    """
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     enabled, warn_only = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     if not enabled:
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
