@@ -97,6 +97,7 @@ def _smoothing(text: str) -> str:
     runs = {one.name: record(one.name) for one in SMOOTHED if _exists(one.name)}
     if runs and _exists("smoothing_cost"):
         text = _with_block(text, "smoothing", attacks_markdown(runs, stored("smoothing_cost")))
+        text = _with_block(text, "passes", _passes(stored("smoothing_cost")))
     if _exists("booster_curve"):
         text = _with_block(text, "curve", curve_markdown(stored("booster_curve")))
     certified = {
@@ -152,6 +153,17 @@ def _precision(flips: dict[str, Any]) -> str:
         lines.append(
             f"| {name} | {percent(rates['plain'])} | {percent(rates['copies'])} | {percent(rates['defended'])} |"
         )
+    return "\n".join(lines)
+
+
+def _passes(cost: dict[str, Any]) -> str:
+    """Whole answers over a plain one, then the tower over one bare batch."""
+    lines = ["| what | ms | over the first line of its kind |", "| --- | --- | --- |"]
+    for name, found in (cost["answers"] | cost["towers"]).items():
+        seconds, above = found["seconds"], found["ratio"]
+        times = f"{1000 * seconds['value']:.0f} ({1000 * seconds['low']:.0f}-{1000 * seconds['high']:.0f})"
+        kind = "an answer" if name in cost["answers"] else "features"
+        lines.append(f"| {kind}: {name} | {times} | {above['value']:.2f} ({above['low']:.2f}-{above['high']:.2f}) |")
     return "\n".join(lines)
 
 
