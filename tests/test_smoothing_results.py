@@ -19,6 +19,7 @@ from lmms_smoothguard.report import demo
 from lmms_smoothguard.report.smoothed import ADAPTIVE, CERTIFICATIONS, CERTIFIED, ROWS, SMOOTHED, STANDARD
 from lmms_smoothguard.report.smoothed_table import attacks_markdown, certificates_markdown
 from lmms_smoothguard.smoothing.config import FeatureSmoothingConfig
+from lmms_smoothguard.tiny.clip_model import PROMPT
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
@@ -69,6 +70,7 @@ def test_every_certification_is_a_command_line(certification, monkeypatch):
     (run,) = asked
     served = 0.2 if run.what == "answers" else 0.3  # SmoothGuard's noise, feature smoothing's
     assert (run.sigma, run.alpha, run.radii) == (served, 0.001, (0.1, 0.25, 0.5))
+    assert run.prompts == (PROMPT,)  # of which tiny-clip was taught
     about = next(about for about, features, votes in CERTIFIED if certification.name in (features, votes))
     assert (run.booster is not None) == ("P" in about.replace("SmoothGuard", "") and "+" in about)
     assert (run.vision_tower is not None) == ("FARE" in about)
@@ -134,7 +136,7 @@ def test_certificates_of_features_and_of_classes_stand_in_one_line():
 
 def test_the_sets_that_certificates_are_of_are_read_as_they_were_written(tmp_path):
     from lmms_smoothguard.harness.questions import find_questions
-    from lmms_smoothguard.tiny import clip_testsets
+    from lmms_smoothguard.tiny import clip_model, clip_testsets
 
     clip_testsets.write_certified_sets(tmp_path)
     scenes, single, questions = (
@@ -143,7 +145,8 @@ def test_the_sets_that_certificates_are_of_are_read_as_they_were_written(tmp_pat
     assert (len(scenes), len(single), len(questions)) == (400, 420, 420)
     assert len({scenes[number].images[0].tobytes() for number in range(len(scenes))}) == 400
     labels = [words.label for words in single.words]
-    assert len(set(labels)) == 30 and {labels.count(label) for label in set(labels)} == {14}
+    assert {labels.count(label) for label in set(labels)} == {14}
+    assert {clip_model.PROMPT.format(label) for label in labels} == set(clip_model.class_prompts())
     assert questions[0].right
 
 

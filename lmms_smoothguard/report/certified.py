@@ -20,8 +20,7 @@ from lmms_smoothguard.tiny.clip_testsets import write_certified_sets
 def run_certification(certification: Certification, out: Path, results: Path) -> CertificateRecord:
     """Runs it in a process of its own and keeps its record. Raises SmoothGuardError when it fails."""
     data = out / "data"
-    if not data.exists():
-        write_certified_sets(data)
+    write_certified_sets(data)
     model, name, *options = certification.arguments
     directory = out / certification.name
     command = ["certify", model, str(data / f"{name}.parquet"), *options, "--out", str(directory)]

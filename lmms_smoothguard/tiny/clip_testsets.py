@@ -101,14 +101,14 @@ _CERTIFIED_SEED, CERTIFIED_SCENES, CERTIFIED_PER_CLASS, CERTIFIED_QUESTIONS = 14
 
 def write_certified_sets(directory: Path) -> None:
     """What the committed certificates are of: `scenes` (ordinary ones, each with a question that nobody reads), `single` (one
-    object in each, its name the label) and `questions` (the first of the LLaVA's existence questions), as parquet files."""
+    object in each, its name the label, with the article that the class prompts have) and `questions` (the first of the LLaVA's existence questions), as parquet files."""
     from lmms_smoothguard.tiny.testsets import existence_rows, existence_scenes, test_sets, write_rows
 
     seed = _CERTIFIED_SEED
     scenes = existence_rows(existence_scenes(CERTIFIED_SCENES, seed), seed)[:: len(language.NEGATIVES)]
     found = zero_shot_set(CERTIFIED_PER_CLASS)
     single = [
-        {"question": "What is in the picture?", "label": OBJECTS[label], "image": image}
+        {"question": "What is in the picture?", "label": language.with_article(OBJECTS[label]), "image": image}
         for image, label in zip(found.images, found.labels.tolist(), strict=True)
     ]
     rows = {"scenes": scenes, "single": single, "questions": test_sets()["pope"][:CERTIFIED_QUESTIONS]}
