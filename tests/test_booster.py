@@ -398,6 +398,24 @@ def test_training_makes_features_of_noisy_pictures_more_like_clean_ones(llava, t
     assert all(not parameter.requires_grad for parameter in llava.model.parameters())  # the model stays as it was
 
 
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_a_booster_for_tiles_is_trained_on_whole_pictures_and_serves_every_tile(name, folder, tmp_path, monkeypatch):
+    tiled = Subject(name)
+    trainer = trainer_of(tiled, folder, tmp_path / "out")
+    list(trainer.run(100))
+    trainer.booster.save(tmp_path / "out" / "booster")
+    purify, seen = Booster.purify, []
+    monkeypatch.setattr(
+        Booster, "purify", lambda self, pixels, sigma: seen.append(pixels.shape) or purify(self, pixels, sigma)
+    )
+    smoothing = {"defense": "feature_smoothing", "num_samples": 3, "sigma": 0.2, "booster": str(tmp_path / "out")}
+    inputs = tiled.inputs(row_of(picture(5, (120, 60))))
+    tiled.model.generate(**inputs, max_new_tokens=2, smoothguard=smoothing)
+    tiles = inputs["pixel_values"].shape[1]
+    assert tiles > 1
+    assert sum(shape[0] for shape in seen) == 3 * tiles
+
+
 def test_pictures_that_cannot_be_had_are_refused(tmp_path, llava):
     from lmms_smoothguard.training.booster_session import _sources
 

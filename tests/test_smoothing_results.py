@@ -122,7 +122,7 @@ def certificates(**figures) -> CertificateRecord:
 
 def test_certificates_of_features_and_of_classes_stand_in_one_line():
     found = {
-        "certified_fs": certificates(S=0.8, **{"inner@0.1": 0.5}),
+        "certified_fs": certificates(S=0.8, **{"inner@0.1": 0.5, "cos0@0.1": 1.0}),
         "certified_classes": certificates(accuracy=0.9, **{"certified_accuracy@0.1": 0.7}),
         "certified_answers": certificates(accuracy=0.95, **{"certified_accuracy@0.1": 0.6}),
     }
@@ -130,8 +130,12 @@ def test_certificates_of_features_and_of_classes_stand_in_one_line():
     assert lines[2] == "| FS | 0.800 (0.790-0.810) | 0.500 (0.490-0.510) | 90.0 (89.0-91.0) | 70.0 (69.0-71.0) |"
     assert lines[3].endswith("| - | - | 95.0 (94.0-96.0) | 60.0 (59.0-61.0) |")
     assert len(lines) == 4
-    below = certificates_markdown({"certified_fs": certificates(S=0.8, **{"inner@0.1": -0.2})})
-    assert "| ABSTAIN |" in below.splitlines()[2]
+
+
+def test_a_mean_bound_below_zero_is_told_as_what_it_certifies():
+    for share, told in ((0.42, ">= 0 for 42.0 (41.0-43.0) %"), (0.0, "ABSTAIN")):
+        found = certificates(S=0.8, **{"inner@0.1": -0.2, "cos0@0.1": share})
+        assert f"| {told} |" in certificates_markdown({"certified_fs": found}).splitlines()[2]
 
 
 def test_the_sets_that_certificates_are_of_are_read_as_they_were_written(tmp_path):

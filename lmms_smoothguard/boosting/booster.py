@@ -19,6 +19,8 @@ from lmms_smoothguard.errors import ConfigError
 from lmms_smoothguard.fingerprint import same_weights, weights_print
 
 FILE, WEIGHTS, FORMAT = "booster.json", "booster.safetensors", 1
+MADE = "booster"
+"""Where in its directory a training puts the finished booster."""
 EMBEDDED = ("psm", "gsb")
 """Names of the embedded model's own booster: the paper's first and second name for it."""
 _HOME = Path(__file__).parents[1] / "tiny" / "booster"
@@ -199,7 +201,8 @@ def _embedded(name: str, own: tuple[str, list[float]]) -> Booster:
 def _directory(source: str) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
-        return path
+        made = path / MADE  # of a training's directory what it made
+        return made if (made / FILE).exists() and not (path / FILE).exists() else path
     if path.suffix or source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise ConfigError(f"booster is {source!r}; expected psm, gsb, a directory that exists or a hub id")
     from huggingface_hub import snapshot_download

@@ -40,7 +40,7 @@ def cells(record: CertificateRecord) -> tuple[list[str], list[list[str]]]:
         similarity = f"{asked['similarity']:g}"
         heads = {
             "inner": "bound of <u, f^>, mean", "cos0": "cosine certified (FCSB >= 0)",
-            f"cos{similarity}": f"cosine >= {similarity} certified", "served0": f"served mean of {asked['n0']}, cosine >= 0",
+            f"cos{similarity}": f"cosine >= {similarity} certified", "served0": f"mean of {asked['n0']} draws, cosine >= 0",
         }  # fmt: skip
     else:
         heads = {"certified_accuracy": "certified accuracy", "certified": "certified, right or wrong"}

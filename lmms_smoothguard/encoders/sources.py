@@ -58,7 +58,9 @@ def find_source(source: str) -> Source:
     if path.is_file():
         return _bare(path)
     if path.is_dir():
-        return _found(_Directory(path), path.resolve().name)
+        made = path / "model"  # of a training's directory what it made
+        trained = (made / CONFIG).is_file() and not (path / CONFIG).exists()
+        return _found(_Directory(made if trained else path), path.resolve().name)
     if path.is_absolute() or name.startswith((".", "~")) or path.suffix in (".safetensors", *_PICKLES):
         raise ConfigError(f"vision_tower is {name!r}, which does not exist; expected {EXPECTED}")
     return _found(_Hub(name), name)

@@ -28,7 +28,7 @@ def attacks_markdown(records: Mapping[str, Record], costs: Mapping[str, Any]) ->
     """One line a defence: utility, ASR of standard and adaptive attacks, cost. Percent with 95 % intervals; records by name; costs:
     what benchmarks/smoothing_cost.py wrote, each answer's time over a plain one's."""
     present = [row for row in ROWS if row.name in records]
-    heads = ["defence", *(head for head, _, _ in _COLUMNS), "adaptive: PGD 4/255, EOT 8, 100 steps", "time : plain"]
+    heads = ["defence", *(head for head, _, _ in _COLUMNS), "adaptive: PGD-100, 4/255, EOT 8", "time : plain"]
     lines = [heads, ["---"] * len(heads)]
     for row in present:
         record, adaptive = records[row.name], records.get(f"{row.name}_eot")
@@ -43,7 +43,7 @@ def certificates_markdown(records: Mapping[str, CertificateRecord]) -> str:
     """One line a certified smoothing: S, the mean FCSB and certified accuracy at three radii."""
     radii = next(iter(records.values())).asked["radii"]
     heads = [
-        "defence", "S", *(f"bound of the cosine, r = {r:g}" for r in radii), "accuracy, zero-shot",
+        "defence", "S", *(f"certified cosine, mean, r = {r:g}" for r in radii), "accuracy of the smoothed vote",
         *(f"certified accuracy, r = {r:g}" for r in radii),
     ]  # fmt: skip
     lines = [heads, ["---"] * len(heads)]
@@ -52,7 +52,7 @@ def certificates_markdown(records: Mapping[str, CertificateRecord]) -> str:
         if felt is None and voted is None:
             continue
         cells = ["-"] * (1 + len(radii)) if felt is None else [_number(felt.figures["S"])]
-        cells += [] if felt is None else [_bound(felt.figures[f"inner@{r:g}"]) for r in radii]
+        cells += [] if felt is None else [_bound(felt.figures, r) for r in radii]
         cells += ["-"] * (1 + len(radii)) if voted is None else [_percent(voted.figures["accuracy"])]
         cells += [] if voted is None else [_percent(voted.figures[f"certified_accuracy@{r:g}"]) for r in radii]
         lines.append([about, *cells])
@@ -76,9 +76,12 @@ def _number(found: Figure) -> str:
     return f"{found.value:.3f} ({found.low:.3f}-{found.high:.3f})"
 
 
-def _bound(found: Figure) -> str:
-    """A cosine bound below 0 certifies nothing."""
-    return "ABSTAIN" if found.value is not None and found.value < 0 else _number(found)
+def _bound(figures: Mapping[str, Figure], radius: float) -> str:
+    """The mean bound; where that is below 0, which says nothing, the share of pictures of which something is certified."""
+    mean, share = figures[f"inner@{radius:g}"], figures[f"cos0@{radius:g}"]
+    if mean.value is None or mean.value >= 0:
+        return _number(mean)
+    return f">= 0 for {_percent(share)} %" if share.value else "ABSTAIN"
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:

@@ -131,8 +131,13 @@ class BoosterTrainer:
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def _pixels(self, pictures: Source, chosen: np.ndarray) -> torch.Tensor:
-        """(len(chosen), 3, height, width) in [0, 1], as the model sees them. Raises ConfigError for other shapes."""
+        """(len(chosen), 3, height, width) in [0, 1], as the model sees them; of tiles the first, which is the whole picture.
+
+        Raises ConfigError for other shapes.
+        """
         made = to_pixels(self._processor, pictures.pictures(chosen.tolist()))
+        if made.ndim == 5:
+            made = made[:, 0]
         if made.ndim != 4:
             raise ConfigError(
                 f"{type(self._processor).__name__} makes pixels of shape {tuple(made.shape)}; expected (pictures, 3, height, width): boosters "

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lmms_smoothguard import shared_options as shared
+
 
 def booster(
     model: Annotated[
@@ -18,9 +20,8 @@ def booster(
     out: Annotated[Path, typer.Option(help="Directory for checkpoints and, in the end, `booster/`.")] = Path(
         "runs/booster"
     ),
-    vision_tower: Annotated[
-        str | None, typer.Option(help="Another vision tower to train for, as in --model_args.")
-    ] = None,
+    vision_tower: shared.VisionTower = None,
+    vision_tower_resolution: shared.VisionTowerResolution = "model",
     sigma_max: Annotated[float, typer.Option(help="The largest noise level, in [0, 1] pixel units.")] = 0.4,
     steps: Annotated[int, typer.Option(min=1, help="Of the purifier.")] = 3000,
     mapper_steps: Annotated[int, typer.Option(min=0, help="Of the mapper; 0 = no mapper.")] = 400,
@@ -63,6 +64,7 @@ def booster(
         out,
         recipe,
         vision_tower=vision_tower,
+        vision_tower_resolution=vision_tower_resolution,
         device=device,
         scale=scale,
         checkpoint_every=checkpoint_every,

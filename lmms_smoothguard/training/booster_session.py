@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lmms_smoothguard import progress
-from lmms_smoothguard.boosting.booster import WEIGHTS, read_booster
+from lmms_smoothguard.boosting.booster import MADE, WEIGHTS, read_booster
 from lmms_smoothguard.boosting.purifier import PurifierConfig
 from lmms_smoothguard.dual import DualEncoder, is_dual
 from lmms_smoothguard.errors import ConfigError
@@ -63,6 +63,7 @@ def train(
     recipe: BoosterRecipe,
     *,
     vision_tower: str | None = None,
+    vision_tower_resolution: str = "model",
     device: str | None = None,
     scale: float = 1.0,
     checkpoint_every: int = 100,
@@ -72,7 +73,7 @@ def train(
     Raises SmoothGuardError for a model or data that cannot be had, or a checkpoint of another training.
     """
     console = progress.console()
-    subject = _subject(model, device, vision_tower)
+    subject = _subject(model, device, vision_tower, vision_tower_resolution)
     pictures, held_out = _sources(data, recipe.seed, scale)
     trainer = BoosterTrainer(recipe, subject.model, subject.processor, pictures, out)
     if trainer.resume():
@@ -84,10 +85,10 @@ def train(
     ) as bars:
         for stage, step, losses in trainer.run(checkpoint_every):
             bars.show(stage, step + 1, "  ".join(f"{name} {value:.4f}" for name, value in losses.items()))
-    target = out / "booster"
+    target = out / MADE
     trainer.booster.save(target)
     figures = trainer.held_out_figures(read_booster(target), held_out)
-    command = _command(model, data, vision_tower, recipe, scale)
+    command = _command(model, data, (vision_tower, vision_tower_resolution), recipe, scale)
     write_card(target, recipe, trainer, figures, command, len(pictures))
     console.print("\n".join(f"{name}: {_shown(value)}" for name, value in figures.items()))
     console.print(f"done: {target}")
@@ -102,22 +103,24 @@ def _sources(data: str, seed: int, scale: float) -> tuple[Source, Source]:
     return scene_source(scenes, round(_FAINT_SHARE * scenes), seed, labelled=False), held_out_scenes(labelled=False)
 
 
-def _subject(model: str, device: str | None, vision_tower: str | None) -> Any:
+def _subject(model: str, device: str | None, vision_tower: str | None, resolution: str) -> Any:
     """A multimodal model or a dual encoder, with its processor. Raises ConfigError for what cannot be loaded."""
     if not is_dual(model):
-        return Subject(model, device, vision_tower=vision_tower)
+        return Subject(model, device, vision_tower=vision_tower, vision_tower_resolution=resolution)
     if vision_tower is not None:
         raise ConfigError(f"vision_tower is {vision_tower!r}, and {model} is a dual encoder; expected it alone")
     return DualEncoder(model, device, "auto")
 
 
-def _command(model: str, data: str, vision_tower: str | None, recipe: BoosterRecipe, scale: float) -> str:
+def _command(model: str, data: str, tower: tuple[str | None, str], recipe: BoosterRecipe, scale: float) -> str:
     """What makes the same booster again: whatever is not as by default."""
     usual, words = (
         BoosterRecipe(),
         ["smoothguard train booster", f"--model {plain_name(model)}", f"--data {plain_name(data)}"],
     )
-    words += [f"--vision-tower {plain_name(vision_tower)}"] if vision_tower else []
+    source, resolution = tower
+    words += [f"--vision-tower {plain_name(source)}"] if source else []
+    words += [f"--vision-tower-resolution {resolution}"] if resolution != "model" else []
     if scale != 1:
         words.append(f"--scale {scale:g}")
     elif recipe.steps != usual.steps:
