@@ -20,7 +20,7 @@ def smoothed_findings(measured: Mapping[str, Run], certified: Certified) -> str:
     """A list in Markdown. Raises ValueError where a result says something else than its sentence."""
     runs = {name: run.record for name, run in measured.items()}
     parts = [
-        purified(runs), unseen(measured), _adaptive(runs), faint(runs), _mapper(runs, certified), _certified(certified)
+        purified(runs), unseen(measured), _adaptive(runs), _wider(runs), faint(runs), _mapper(runs, certified), _certified(certified)
     ]  # fmt: skip
     return "\n".join(f"- {part}" for part in parts)
 
@@ -67,6 +67,18 @@ def _adaptive(runs: Runs) -> str:
     }
     listed = ", ".join(f"{about} {rate(_asr(runs[f'{name}_eot'], 'shapes_pope_eot'))}" for name, about in names.items())
     return f"**Against an attacker who knows the defence** and crafts through it (EOT 8, 100 steps, 4/255), ASR is another: {listed}."
+
+
+def _wider(runs: Runs) -> str:
+    names = {"fs": "smoothing alone", "fs_pm": "the booster", "fs_smoothguard": "SmoothGuard"}
+
+    def told(budget: str) -> str:
+        found = {name: _asr(runs[f"{name}_eot_{budget}"], "shapes_pope_eot") for name in names}
+        return ", ".join(f"{about} {rate(found[name])}" for name, about in names.items())
+
+    return (
+        f"**With more room that attacker gets further** (40 steps): at 8/255 {told('eps8')}; in L2 1.74 {told('l2')}."
+    )
 
 
 def faint(runs: Runs) -> str:

@@ -51,7 +51,16 @@ ADAPTIVE = tuple(
     for row in ROWS
     if row.adaptive
 )
-SMOOTHED = (*STANDARD, *ADAPTIVE)
+_WIDER = {"eps8": {"attack_eps": "8/255"}, "l2": {"attack_norm": "l2", "attack_eps": "1.7388"}}
+WIDER = tuple(
+    Experiment(f"{row.name}_eot_{budget}", {**row.model_args, **asked, "attack_batch_size": "128"},
+               ("shapes_pope_eot",), 60, about=row.about)
+    for row in ROWS
+    if row.name in ("fs", "fs_pm", "fs_smoothguard")
+    for budget, asked in _WIDER.items()
+)  # fmt: skip
+"""Adaptive attacks of other budgets, on fewer questions and with 40 steps: sentences, no column."""
+SMOOTHED = (*STANDARD, *ADAPTIVE, *WIDER)
 
 
 @dataclass(frozen=True)
