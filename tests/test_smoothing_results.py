@@ -69,7 +69,8 @@ def test_every_certification_is_a_command_line(certification, monkeypatch):
     app([*certification.arguments, "--out", "somewhere"], standalone_mode=False)
     (run,) = asked
     served = 0.2 if run.what == "answers" else 0.3  # SmoothGuard's noise, feature smoothing's
-    assert (run.sigma, run.alpha, run.radii) == (served, 0.001, (0.1, 0.25, 0.5))
+    radii = (0.1, 0.25, 0.5) if run.what == "features" else (0.01, 0.025, 0.05, 0.1, 0.25, 0.5)
+    assert (run.sigma, run.alpha, run.radii) == (served, 0.001, radii)
     assert run.prompts == (PROMPT,)  # of which tiny-clip was taught
     about = next(about for about, features, votes in CERTIFIED if certification.name in (features, votes))
     assert (run.booster is not None) == ("P" in about.replace("SmoothGuard", "") and "+" in about)
@@ -120,16 +121,18 @@ def certificates(**figures) -> CertificateRecord:
     )  # fmt: skip
 
 
-def test_certificates_of_features_and_of_classes_stand_in_one_line():
+def test_certificates_of_features_and_of_votes_have_a_table_each():
     found = {
         "certified_fs": certificates(S=0.8, **{"inner@0.1": 0.5, "cos0@0.1": 1.0}),
         "certified_classes": certificates(accuracy=0.9, **{"certified_accuracy@0.1": 0.7}),
         "certified_answers": certificates(accuracy=0.95, **{"certified_accuracy@0.1": 0.6}),
     }
-    lines = certificates_markdown(found).splitlines()
-    assert lines[2] == "| FS | 0.800 (0.790-0.810) | 0.500 (0.490-0.510) | 90.0 (89.0-91.0) | 70.0 (69.0-71.0) |"
-    assert lines[3].endswith("| - | - | 95.0 (94.0-96.0) | 60.0 (59.0-61.0) |")
-    assert len(lines) == 4
+    felt, voted = (table.splitlines() for table in certificates_markdown(found).split("\n\n"))
+    assert felt[2:] == ["| FS | 0.800 (0.790-0.810) | 0.500 (0.490-0.510) |"]
+    assert voted[2] == "| FS | 90.0 (89.0-91.0) | 70.0 (69.0-71.0) |"
+    assert voted[3].endswith("| 95.0 (94.0-96.0) | 60.0 (59.0-61.0) |")
+    assert len(voted) == 4
+    assert len(felt[0].split("|")) == len(felt[2].split("|")) == len(voted[3].split("|"))
 
 
 def test_a_mean_bound_below_zero_is_told_as_what_it_certifies():

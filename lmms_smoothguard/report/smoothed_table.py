@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lmms_smoothguard.certifying.records import CertificateRecord
@@ -40,23 +40,30 @@ def attacks_markdown(records: Mapping[str, Record], costs: Mapping[str, Any]) ->
 
 
 def certificates_markdown(records: Mapping[str, CertificateRecord]) -> str:
-    """One line a certified smoothing: S, the mean FCSB and certified accuracy at three radii."""
-    radii = next(iter(records.values())).asked["radii"]
-    heads = [
-        "defence", "S", *(f"certified cosine, mean, r = {r:g}" for r in radii), "accuracy of the smoothed vote",
-        *(f"certified accuracy, r = {r:g}" for r in radii),
-    ]  # fmt: skip
-    lines = [heads, ["---"] * len(heads)]
-    for about, features, votes in CERTIFIED:
-        felt, voted = records.get(features), records.get(votes)
-        if felt is None and voted is None:
-            continue
-        cells = ["-"] * (1 + len(radii)) if felt is None else [_number(felt.figures["S"])]
-        cells += [] if felt is None else [_bound(felt.figures, r) for r in radii]
-        cells += ["-"] * (1 + len(radii)) if voted is None else [_percent(voted.figures["accuracy"])]
-        cells += [] if voted is None else [_percent(voted.figures[f"certified_accuracy@{r:g}"]) for r in radii]
-        lines.append([about, *cells])
-    return _table(lines)
+    """One line a certified smoothing: S and the certified cosine of features; below it, certified accuracy of classes and answers."""
+    felt = {about: records[features] for about, features, _ in CERTIFIED if features in records}
+    voted = {about: records[votes] for about, _, votes in CERTIFIED if votes in records}
+    tables = [_certified(found, of) for found, of in ((felt, _cosines), (voted, _votes)) if found]
+    return "\n\n".join(tables)
+
+
+_Cells = Callable[[Mapping[str, Figure], Sequence[float]], dict[str, str]]
+
+
+def _certified(records: Mapping[str, CertificateRecord], cells: _Cells) -> str:
+    made = {about: cells(record.figures, record.asked["radii"]) for about, record in records.items()}
+    heads = ["defence", *next(iter(made.values()))]
+    return _table([heads, ["---"] * len(heads), *([about, *row.values()] for about, row in made.items())])
+
+
+def _cosines(figures: Mapping[str, Figure], radii: Sequence[float]) -> dict[str, str]:
+    bounds = {f"certified cosine, mean, r = {r:g}": _bound(figures, r) for r in radii}
+    return {"S": _number(figures["S"]), **bounds}
+
+
+def _votes(figures: Mapping[str, Figure], radii: Sequence[float]) -> dict[str, str]:
+    shares = {f"certified accuracy, r = {r:g}": _percent(figures[f"certified_accuracy@{r:g}"]) for r in radii}
+    return {"accuracy of the smoothed vote": _percent(figures["accuracy"]), **shares}
 
 
 def _of(record: Record, task: str, figure: str) -> str:
