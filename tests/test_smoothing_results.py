@@ -97,14 +97,14 @@ def test_only_what_is_missing_is_run(tmp_path, monkeypatch):
 def test_the_tables_cells_are_the_records_figures():
     source = read_record(RESULTS / "smoothguard.json")
     record = dataclasses.replace(source, name="fs")
-    costs = {"answers": {"FS, n0 = 8": {"ratio": {"value": 3.21}}}}
+    costs = {"answers": {"FS, n0 = 8": {"ratio": {"value": 3.21, "low": 3.0, "high": 3.48}}}}
     head, _, line = attacks_markdown({"fs": record}, costs).splitlines()
     cells = dict(zip(head.strip("| ").split(" | "), line.strip("| ").split(" | "), strict=True))
     assert cells["defence"] == "FS"
     assert cells["clean accuracy"] == "99.8 (98.7-100.0)"
     assert cells["PGD 4/255"] == "4.3 (2.7-6.7)"
     assert cells["APGD 4/255"] == "-"
-    assert cells["time : plain"] == "3.2"
+    assert cells["time : plain"] == "3.2 (3.0-3.5)"
 
 
 def certificates(**figures) -> CertificateRecord:

@@ -72,34 +72,10 @@ class Certification:
     arguments: tuple[str, ...]
 
 
-_RADII, _WIDE_AND_NARROW = ("--radii", ".1,.25,.5"), ("--radii", ".01,.025,.05,.1,.25,.5")
-_FEATURES = ("tiny-llava", "scenes", "--sigma", "0.3", "--n", "256", *_RADII)
-_CLASSES = (
-    "tiny-clip",
-    "single",
-    "--what",
-    "classes",
-    "--sigma",
-    "0.3",
-    "--n",
-    "500",
-    "--n-select",
-    "64",
-    *_WIDE_AND_NARROW,
-)
-_ANSWERS = (
-    "tiny-llava",
-    "questions",
-    "--what",
-    "answers",
-    "--sigma",
-    "0.2",
-    "--n",
-    "500",
-    "--n-select",
-    "64",
-    *_WIDE_AND_NARROW,
-)
+_FEATURES = ("tiny-llava", "scenes", "--sigma", "0.3", "--n", "256", "--radii", ".1,.25,.5")
+_VOTES = ("--n", "500", "--n-select", "64", "--radii", ".01,.025,.05,.1,.25,.5")
+_CLASSES = ("tiny-clip", "single", "--what", "classes", "--sigma", "0.3", *_VOTES)
+_ANSWERS = ("tiny-llava", "questions", "--what", "answers", "--sigma", "0.2", *_VOTES)
 _PSM, _PURIFIER = ("--booster", "psm"), ("--booster", "psm", "--no-mapper")
 
 CERTIFICATIONS = (

@@ -35,7 +35,7 @@ def attacks_markdown(records: Mapping[str, Record], costs: Mapping[str, Any]) ->
         cells = [_of(record, task, figure) for _, task, figure in _COLUMNS]
         through = "-" if adaptive is None else _of(adaptive, "shapes_pope_eot", "asr")
         ratio = costs["answers"].get(row.cost, {}).get("ratio")
-        lines.append([row.about, *cells, through, "-" if ratio is None else f"{ratio['value']:.1f}"])
+        lines.append([row.about, *cells, through, "-" if ratio is None else _ratio(ratio)])
     return _table(lines)
 
 
@@ -75,6 +75,12 @@ def _percent(found: Figure) -> str:
     if found.value is None or found.low is None or found.high is None:
         return "-"
     return f"{100 * found.value:.1f} ({100 * found.low:.1f}-{100 * found.high:.1f})"
+
+
+def _ratio(found: Mapping[str, float]) -> str:
+    if found["low"] == found["high"]:
+        return f"{found['value']:g}"
+    return f"{found['value']:.1f} ({found['low']:.1f}-{found['high']:.1f})"
 
 
 def _number(found: Figure) -> str:

@@ -11,6 +11,7 @@ from lmms_smoothguard import progress
 from lmms_smoothguard.boosting.booster import MADE, WEIGHTS, read_booster
 from lmms_smoothguard.boosting.purifier import PurifierConfig
 from lmms_smoothguard.dual import DualEncoder, is_dual
+from lmms_smoothguard.encoders import check_tower
 from lmms_smoothguard.errors import ConfigError
 from lmms_smoothguard.evaluation.means import Mean
 from lmms_smoothguard.subject import Subject
@@ -107,6 +108,7 @@ def _subject(model: str, device: str | None, vision_tower: str | None, resolutio
     """A multimodal model or a dual encoder, with its processor. Raises ConfigError for what cannot be loaded."""
     if not is_dual(model):
         return Subject(model, device, vision_tower=vision_tower, vision_tower_resolution=resolution)
+    check_tower(vision_tower, resolution)
     if vision_tower is not None:
         raise ConfigError(f"vision_tower is {vision_tower!r}, and {model} is a dual encoder; expected it alone")
     return DualEncoder(model, device, "auto")
