@@ -28,6 +28,7 @@ from lmms_smoothguard.smoothing.smoother import Smoother
 from lmms_smoothguard.smoothing.towers import find_tower
 from lmms_smoothguard.subject import Subject as ModelOf
 from lmms_smoothguard.training.booster import BoosterRecipe, BoosterTrainer
+from lmms_smoothguard.training.booster_session import train
 from lmms_smoothguard.training.pictures import folder_sources
 
 SMALL = PurifierConfig(unshuffle=2, widths=(8, 16))
@@ -414,6 +415,34 @@ def test_a_booster_for_tiles_is_trained_on_whole_pictures_and_serves_every_tile(
     tiles = inputs["pixel_values"].shape[1]
     assert tiles > 1
     assert sum(shape[0] for shape in seen) == 3 * tiles
+
+
+@pytest.mark.parametrize(
+    ("model", "read", "projector"),
+    [
+        ("tiny-llava", "the tokens that the language model reads, meaned over them", True),
+        ("tiny-clip", "its pooled output", False),
+    ],
+)
+def test_the_card_tells_what_was_trained_and_measured(folder, tmp_path, model, read, projector):
+    figures = train(model, str(folder), tmp_path / "out", RECIPE, device="cpu")
+    made = tmp_path / "out" / "booster"
+    card = (made / "README.md").read_text()
+    assert f"smoothguard train booster --model {model} --data pictures --steps 4 --mapper-steps 3 --widths 8,16" in card
+    assert f"the noisy copy: {read}." in card
+    assert ("behind the projector" in card) == projector
+    assert all(f"| {name} | {value.value:.3f}" in card for name, value in figures.items())
+    written = json.loads((made / "figures.json").read_text())["figures"]
+    assert {name: figure["value"] for name, figure in written.items()} == {n: v.value for n, v in figures.items()}
+
+
+def test_another_tower_for_a_dual_encoder_is_refused(folder, tmp_path):
+    for options, message in (
+        ({"vision_tower": "tiny-fare"}, "is a dual encoder"),
+        ({"vision_tower_resolution": "source"}, "vision_tower_resolution"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train("tiny-clip", str(folder), tmp_path / "out", RECIPE, device="cpu", **options)
 
 
 def test_pictures_that_cannot_be_had_are_refused(tmp_path, llava):

@@ -205,6 +205,18 @@ def test_transformers_towers(tmp_path, kind, name):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("also_at_the_top", [False, True])
+def test_of_a_trainings_directory_what_it_made_is_taken(tmp_path, pair, also_at_the_top):
+    """Unless a tower lies in the directory itself."""
+    model, processor = pair
+    save_tower(tmp_path / "model", vision_model(seed=2), processor)
+    if also_at_the_top:
+        save_tower(tmp_path, vision_model(seed=3), processor)
+    provenance = load_vision_tower(model, str(tmp_path), processor)
+    assert tower_equals(model, vision_model(seed=3 if also_at_the_top else 2))
+    assert provenance.source == tmp_path.name
+
+
 @pytest.mark.parametrize("prefix", ["", "vision_model.", "model.vision_tower.vision_model."])
 def test_a_bare_transformers_file_by_any_of_its_names(tmp_path, pair, prefix):
     """transformers up to 5.17 saves `vision_model.` before a CLIPVisionModel's names, older ones its position ids too."""

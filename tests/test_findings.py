@@ -13,7 +13,7 @@ from lmms_smoothguard.evaluation.records import read_record, read_run
 from lmms_smoothguard.sweeps.presets import README
 from lmms_smoothguard.sweeps.records import read_sweep
 from readme_tables import ATTACKS
-from smoothed_findings import faint, purified, unseen
+from smoothed_findings import adaptive, faint, purified, smoothed_findings, unseen
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
@@ -75,3 +75,19 @@ def test_findings_of_feature_smoothing_are_refused_too():
         unseen({**measured, "fs_pm": measured["fs"]})
     with pytest.raises(ValueError, match="faint objects are lost"):
         faint({**runs, "fs_pm": runs["fs_plain"]})
+    crafted_through = {
+        f"{name}_eot": read_record(RESULTS / f"{name}_eot.json") for name in ("fs", "fs_pm", "fs_smoothguard")
+    }
+    with pytest.raises(ValueError, match="adaptive attacker"):
+        adaptive({**crafted_through, "fs_pm_eot": crafted_through["fs_eot"]})
+
+
+def test_a_finding_waits_for_all_of_its_results():
+    names = ("fs_plain", "fs", "fs_pm", "fs_eot", "fs_pm_eot")
+    some = {name: read_run(RESULTS / f"{name}.json") for name in names}
+    told = smoothed_findings(some, {})
+    assert told.count("\n") == 2  # three lines
+    assert "knows the defence" not in told
+    assert "knows the defence" in smoothed_findings(
+        some | {"fs_smoothguard_eot": read_run(RESULTS / "fs_smoothguard_eot.json")}, {}
+    )
