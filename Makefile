@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PARITY := .venv-parity
+# Files of tests go to as many processes as there are cores; within a file the models that it builds are shared.
+SHARED_OUT := -n auto --maxprocesses 8 --dist loadfile
 EXTRAS := lmms-eval,embedders,report,training,attack,booster,dev
 
 .PHONY: demo test test-slow lint results smoothing bench parity testsets clean
@@ -12,10 +14,10 @@ demo: $(INSTALLED)
 	$(BIN)/smoothguard demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SHARED_OUT)
 
 test-slow: lint
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest $(SHARED_OUT) -m "slow or not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
