@@ -7,7 +7,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from lmms_smoothguard.errors import UndefendableError
 from lmms_smoothguard.tiny.model import prompt
@@ -31,7 +31,8 @@ def test_one_pixel(llava):
     assert ask(llava, Image.new("RGB", (1, 1), (200, 30, 30))).num_samples_used == 10
 
 
-def test_truncated_file(llava, images):
+def test_truncated_file(llava, images, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)  # PIL's default; importing lmms-eval changes it
     buffer = io.BytesIO()
     images[0].save(buffer, "PNG")
     cut = Image.open(io.BytesIO(buffer.getvalue()[:2000]))
