@@ -70,12 +70,19 @@ def enabled() -> bool:
     return _enabled
 
 
+def asked_for() -> bool:
+    """Whether the override shall be in place, be it there already or not."""
+    return _enabled
+
+
 def _loaded() -> bool:
     return "hf_integration.override" in sys.modules
 
 
 def _install(utils: ModuleType) -> None:
-    importlib.import_module("hf_integration.override").install()
+    override = importlib.import_module("hf_integration.override")
+    if hasattr(override, "install"):  # else it is what is importing transformers, and installs itself when it is done
+        override.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,7 @@ from typing import Any
 from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.utils import GenerationMixin
 
+import hf_integration
 from lmms_smoothguard import plugins
 from lmms_smoothguard.choice import Choice, choose
 from lmms_smoothguard.config import SmoothGuardConfig
@@ -318,3 +319,7 @@ def uninstall() -> None:
                 delattr(owner, name)
             else:
                 setattr(owner, name, original)
+
+
+if hf_integration.asked_for():  # whoever imported this module first: nothing else is sure to come after it
+    install()

@@ -35,6 +35,10 @@ def test_hf_integration_before_or_after_transformers():
     check = "assert hasattr(GenerationMixin.generate, '__smoothguard_original__')"
     python(f"import hf_integration; from transformers import GenerationMixin; {check}")
     python(f"from transformers import GenerationMixin; import hf_integration; {check}")
+    python(f"from hf_integration import attach; from transformers import GenerationMixin; {check}")
+    python(f"import hf_integration.override; from transformers import GenerationMixin; {check}")
+    python("import hf_integration; hf_integration.disable(); import hf_integration.override; from transformers import GenerationMixin; "
+           "assert not hasattr(GenerationMixin.generate, '__smoothguard_original__')")  # fmt: skip
     python("import hf_integration; hf_integration.disable(); from transformers import GenerationMixin; "
            "assert not hasattr(GenerationMixin.generate, '__smoothguard_original__')")  # fmt: skip
 
