@@ -13,6 +13,7 @@ import typer
 from lmms_smoothguard.attacking.command import attack
 from lmms_smoothguard.certifying.command import certify
 from lmms_smoothguard.errors import SmoothGuardError, did_you_mean, explain
+from lmms_smoothguard.proxy.command import proxy
 from lmms_smoothguard.report.command import compare, pool, record
 from lmms_smoothguard.sweeps.command import sweep
 from lmms_smoothguard.tiny import PLACES
@@ -92,6 +93,7 @@ train_app.command()(fare)
 train_app.command()(tecoa)
 app.command(no_args_is_help=True)(attack)
 app.command(no_args_is_help=True)(certify)
+app.command(no_args_is_help=True)(proxy)
 
 
 @app.command()

@@ -1,0 +1,115 @@
+"""`smoothguard proxy`: the command line."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lmms_smoothguard.config import SmoothGuardConfig, parse_scalar
+from lmms_smoothguard.errors import ConfigError
+from lmms_smoothguard.proxy.settings import MEGABYTE, ProxySettings
+
+_USUAL = ProxySettings(upstream="http://engine", defense=SmoothGuardConfig(noise_space="pixel", seed=None))
+_DEFENSE, _BOUNDS, _SERVER = "The defence", "Bounds", "The server"
+
+
+def proxy(
+    upstream: Annotated[
+        str, typer.Argument(help="Address of an OpenAI-compatible engine, such as http://127.0.0.1:8000")
+    ],
+    shortest_side: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=_DEFENSE,
+            help="Pixels of a picture's shorter side as the model sees it, such as 336 for LLaVA-1.5; larger pictures are brought to "
+            "it before the noise. 'keep' where the model sees pictures in their own size, such as Qwen-VL.",
+        ),
+    ],
+    num_samples: Annotated[int, typer.Option(rich_help_panel=_DEFENSE, help="N, copies asked for every answer.")] = 10,
+    sigma: Annotated[float, typer.Option(rich_help_panel=_DEFENSE, help="Noise, in [0, 1] intensities.")] = 0.1,
+    audio_sigma: Annotated[
+        float | None,
+        typer.Option(rich_help_panel=_DEFENSE, help="Noise of sounds, in amplitude; without it they are refused."),
+    ] = None,
+    include_clean: Annotated[bool, typer.Option(rich_help_panel=_DEFENSE, help="Copy 0 has no noise.")] = True,
+    aggregator: Annotated[str, typer.Option(rich_help_panel=_DEFENSE)] = "kmeans",
+    embedder: Annotated[str, typer.Option(rich_help_panel=_DEFENSE)] = "lexical",
+    early_stop: Annotated[
+        str, typer.Option(rich_help_panel=_DEFENSE, help="off, exact, or an error rate such as 0.01.")
+    ] = "exact",
+    quorum: Annotated[
+        int | None, typer.Option(rich_help_panel=_DEFENSE, help="Answers that must come; more than half by default.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(rich_help_panel=_DEFENSE, help="For measurements alone: known noise can be attacked.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(rich_help_panel=_BOUNDS, help="Seconds of an attempt.")] = _USUAL.timeout,
+    retries: Annotated[int, typer.Option(rich_help_panel=_BOUNDS, help="Further attempts at a copy.")] = _USUAL.retries,
+    most_requests: Annotated[
+        int, typer.Option(rich_help_panel=_BOUNDS, help="Requests in work; beyond them 503.")
+    ] = _USUAL.most_requests,
+    most_upstream: Annotated[
+        int, typer.Option(rich_help_panel=_BOUNDS, help="Copies in work at the engine; others wait.")
+    ] = _USUAL.most_upstream,
+    most_megabytes: Annotated[
+        int, typer.Option(min=1, rich_help_panel=_BOUNDS, help="Of a request.")
+    ] = _USUAL.most_bytes // MEGABYTE,
+    most_pixels: Annotated[int, typer.Option(rich_help_panel=_BOUNDS, help="Of a picture.")] = _USUAL.most_pixels,
+    most_media: Annotated[
+        int, typer.Option(rich_help_panel=_BOUNDS, help="Pictures and sounds in a request.")
+    ] = _USUAL.most_media,
+    remote: Annotated[
+        bool,
+        typer.Option(
+            "--remote", rich_help_panel=_BOUNDS, help="Fetch pictures by http(s), from public networks alone."
+        ),
+    ] = False,
+    extra_field: Annotated[
+        list[str] | None,
+        typer.Option(rich_help_panel=_BOUNDS, help="A field of requests to let through; may be repeated."),
+    ] = None,
+    host: Annotated[str, typer.Option(rich_help_panel=_SERVER)] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, rich_help_panel=_SERVER)] = 8100,
+    grace: Annotated[
+        int,
+        typer.Option(
+            min=0, rich_help_panel=_SERVER, help="Seconds that requests in work get when the server is stopped."
+        ),
+    ] = 30,
+) -> None:
+    """Serve a defended OpenAI-compatible endpoint before any engine: vLLM, SGLang, transformers, a hosted API."""
+    defense = SmoothGuardConfig(
+        num_samples=num_samples, sigma=sigma, noise_space="pixel", include_clean=include_clean, aggregator=aggregator,
+        embedder=embedder, early_stop=parse_scalar(early_stop), seed=seed,
+    )  # fmt: skip
+    settings = ProxySettings(
+        upstream=upstream, defense=defense, shortest_side=_side(shortest_side), audio_sigma=audio_sigma, quorum=quorum,
+        timeout=timeout, retries=retries, most_requests=most_requests, most_upstream=most_upstream,
+        most_bytes=most_megabytes * MEGABYTE, most_pixels=most_pixels, most_media=most_media, remote=remote,
+        extra_fields=tuple(extra_field or ()),
+    )  # fmt: skip
+    run(settings, host, port, grace)
+
+
+def _side(text: str) -> int | None:
+    if text == "keep":
+        return None
+    if text.isdigit():
+        return int(text)
+    raise ConfigError(f"shortest_side is {text!r}; expected pixels, such as 336, or 'keep'")
+
+
+def run(settings: ProxySettings, host: str, port: int, grace: int) -> None:
+    """Serves until it is told to stop. Raises ConfigError without the extra `proxy`."""
+    try:
+        import uvicorn
+
+        from lmms_smoothguard.proxy.app import make_app
+    except ImportError as error:
+        raise ConfigError(f"the proxy needs {error.name}; pip install 'lmms-smoothguard[proxy]'") from error
+    if settings.defense.seed is not None:
+        typer.secho(
+            f"seed {settings.defense.seed}: the noise is known to whoever knows it; for measurements only", fg="yellow"
+        )
+    uvicorn.run(make_app(settings), host=host, port=port, timeout_graceful_shutdown=grace, log_level="info")
