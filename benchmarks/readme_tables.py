@@ -1,4 +1,4 @@
-"""Writes the tables of the README and of docs/measured.md from the committed result files.
+"""Writes the tables of the README, of docs/measured.md and of docs/serving.md from the committed result files.
 
 python benchmarks/readme_tables.py          # rewrite
 python benchmarks/readme_tables.py --check  # exit 1 if a page says anything else
@@ -32,7 +32,7 @@ from timing.table import parts_markdown
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md", ROOT / "docs" / "serving.md")
 GROUPS = {
     "demo": [experiment.name for experiment in DEMO],
     "standard": ["published", "one_noisy_copy", "n20", "n20_noisy_only", "plain_eps2", "smoothguard_eps2", "plain_eps8", "smoothguard_eps8"],
@@ -87,6 +87,8 @@ def filled(text: str) -> str:
     text = _smoothing(text)
     if _exists("parity"):
         text = _with_block(text, "parity", parity(stored("parity")))
+    if _exists("proxy_load"):
+        text = _with_block(text, "load", _load(stored("proxy_load")))
     measured = [name for name in ("bench", "bench_cuda") if _exists(name)]
     text = _with_block(text, "bench", costs(*map(stored, measured)))
     return _with_block(text, "parts", parts_markdown(*map(stored, measured)))
@@ -165,6 +167,33 @@ def _passes(cost: dict[str, Any]) -> str:
         kind = "an answer" if name in cost["answers"] else "features"
         lines.append(f"| {kind}: {name} | {times} | {above['value']:.2f} ({above['low']:.2f}-{above['high']:.2f}) |")
     return "\n".join(lines)
+
+
+def _load(found: dict[str, Any]) -> str:
+    """Requests a second of each engine, and what the proxy costs."""
+    engines = found["engines"].values()
+    rates, ratios = (list(next(iter(engines))[part]) for part in ("requests_a_second", "ratios"))
+    heads = [
+        "engine",
+        "users",
+        "picture",
+        *(f"{way}, requests a second" for way in rates),
+        *(f"time, {way}" for way in ratios),
+    ]
+    lines = [heads, ["---"] * len(heads)]
+    for name, engine in found["engines"].items():
+        setting = engine["setting"]
+        cells = [
+            _spread(engine[part][way])
+            for part, ways in (("requests_a_second", rates), ("ratios", ratios))
+            for way in ways
+        ]
+        lines.append([name, str(setting["users"]), f"{setting['side']} x {setting['side']}", *cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _spread(found: dict[str, float]) -> str:
+    return f"{found['value']:.2f} ({found['low']:.2f}-{found['high']:.2f})"
 
 
 def _with_block(text: str, group: str, table: str) -> str:

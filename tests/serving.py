@@ -75,7 +75,7 @@ def transformers_server(log: Path, *options: str) -> Iterator[str]:
 
 class Faulty:
     """Stands between proxy and engine. `plan`: what becomes of each call, in the order of arrival ("ok" once it is used up):
-    ok, a status, hang, cut, garbage, html. Counts the calls, and those that were broken off."""
+    ok, a status, later (429, in a second), hang, cut, garbage, html. Counts the calls, and those that were broken off."""
 
     def __init__(self, engine: str) -> None:
         self.engine, self.plan, self.calls, self.left, self.bodies, self.headers = engine, [], 0, 0, [], []
@@ -109,6 +109,8 @@ class Faulty:
             return Response("{", media_type="application/json")
         if fault == "html":
             return Response("<h1>Welcome</h1>", media_type="text/html")
+        if fault == "later":
+            return JSONResponse({}, 429, {"retry-after": "1"})
         if isinstance(fault, int):
             return JSONResponse({"error": {"message": f"planned {fault}"}}, fault)
         async with httpx.AsyncClient(timeout=120) as client:

@@ -120,7 +120,7 @@ class NoisyMedia:
 
 def _image_value(picture: Image.Image, part: Part) -> dict[str, Any]:
     written = io.BytesIO()
-    picture.save(written, "PNG", compress_level=1)  # noise does not compress
+    picture.save(written, "PNG", compress_level=0)  # noise does not compress
     url = "data:image/png;base64," + base64.b64encode(written.getvalue()).decode("ascii")
     return {**part.value, "url": url}
 
