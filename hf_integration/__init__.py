@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from lmms_smoothguard import late_import
 
 if TYPE_CHECKING:
-    from hf_integration.override import Observation, attach, observe
+    from hf_integration.override import Observation, attach, force, observe
     from lmms_smoothguard.config import SmoothGuardConfig
     from lmms_smoothguard.defenses.consensus import SmoothGuardLogitsProcessor
     from lmms_smoothguard.defenses.request import SmoothGuardOutput
@@ -27,11 +27,12 @@ if TYPE_CHECKING:
     from lmms_smoothguard.smoothing.context import smoothed
 
 __all__ = ["FeatureSmoothingConfig", "Observation", "SmoothGuardConfig", "SmoothGuardLogitsProcessor", "SmoothGuardOutput", "attach", "disable",
-           "enable", "enabled", "observe", "smoothed"]  # fmt: skip
+           "enable", "enabled", "force", "observe", "smoothed"]  # fmt: skip
 
 _HOMES = {
     "Observation": "hf_integration.override",
     "attach": "hf_integration.override",
+    "force": "hf_integration.override",
     "observe": "hf_integration.override",
     "SmoothGuardConfig": "lmms_smoothguard.config",
     "SmoothGuardLogitsProcessor": "lmms_smoothguard.defenses.consensus",

@@ -25,7 +25,7 @@ from lmms_smoothguard import plugins
 from lmms_smoothguard.choice import Choice, choose
 from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.defenses.request import Defended, Request, SmoothGuardOutput
-from lmms_smoothguard.errors import UndefendableError
+from lmms_smoothguard.errors import ConfigError, UndefendableError
 from lmms_smoothguard.inputs.fitting import misfits
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ _lock = threading.RLock()
 _thread = threading.local()
 _originals: list[tuple[type, str, Any]] = []  # (class, attribute, what stood there); _UNSET: nothing did
 _attached: weakref.WeakKeyDictionary[Any, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+_forced: Choice | None = None
 
 
 # -- what a model's processor is, and who watches --------------------------------------------------------------------
@@ -128,8 +129,24 @@ def _watchers() -> list[Observation]:
 # -- the override -----------------------------------------------------------------------------------------------------
 
 
+def force(smoothguard: Any) -> None:
+    """Defends every `generate` of this process so, whatever a call, its generation config or the model's asks for; None lifts that.
+
+    For servers: a client that brings a generation config of its own replaces the model's, and the defence in it. What cannot be
+    defended is refused, as ever, and so is what bypasses `generate`. Raises ConfigError for what is no defence.
+    """
+    global _forced
+    _forced = choose(smoothguard)
+    if _forced is None and smoothguard is not None:
+        raise ConfigError(f"smoothguard is {smoothguard!r}; expected a defence to force, or None to lift it")
+
+
 def _choice_of(model: Any, arguments: dict[str, Any]) -> Choice | None:
-    """The defence in force, taken out of the arguments: the call's own over its generation config's over the model's."""
+    """The defence in force, taken out of the arguments: the forced one over the call's own over its generation config's over the
+    model's."""
+    if _forced is not None:
+        arguments.pop("smoothguard", None)
+        return _forced
     base = choose(_configured(model, arguments.get("generation_config")))
     own = arguments.pop("smoothguard", _UNSET)
     return base if own is _UNSET or own is None else choose(own, base)
@@ -213,7 +230,7 @@ def _refusing(original: Callable[..., Any], name: str) -> Callable[..., Any]:
     @functools.wraps(original)
     def bypass(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = kwargs.get("generation_config", next((a for a in args if isinstance(a, GenerationConfig)), None))
-        if choose(_configured(self, given)) is not None:
+        if _forced is not None or choose(_configured(self, given)) is not None:
             raise UndefendableError(
                 f"{name}() bypasses generate() and with it SmoothGuard, which the generation config asks for; "
                 "use generate(), or set generation_config.smoothguard = False"
@@ -234,7 +251,7 @@ def _adjusting(original: Callable[..., Any]) -> Callable[..., Any]:
 
             def generate(*call: Any, **options: Any) -> Any:
                 asked = options.pop("smoothguard", _configured(self, options.get("generation_config")))
-                if choose(asked) is not None:
+                if _forced is not None or choose(asked) is not None:
                     raise UndefendableError(
                         "this checkpoint brings generation code of its own, which cannot be defended; load it with "
                         "trust_remote_code=False, or set generation_config.smoothguard = False"

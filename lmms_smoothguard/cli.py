@@ -15,6 +15,7 @@ from lmms_smoothguard.certifying.command import certify
 from lmms_smoothguard.errors import SmoothGuardError, did_you_mean, explain
 from lmms_smoothguard.proxy.command import proxy
 from lmms_smoothguard.report.command import compare, pool, record
+from lmms_smoothguard.serving import serve
 from lmms_smoothguard.sweeps.command import sweep
 from lmms_smoothguard.tiny import PLACES
 from lmms_smoothguard.training.booster_command import booster
@@ -94,6 +95,7 @@ train_app.command()(tecoa)
 app.command(no_args_is_help=True)(attack)
 app.command(no_args_is_help=True)(certify)
 app.command(no_args_is_help=True)(proxy)
+app.command(no_args_is_help=True, context_settings={"allow_extra_args": True})(serve)
 
 
 @app.command()

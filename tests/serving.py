@@ -44,21 +44,25 @@ def served(app) -> Iterator[str]:
         thread.join(10)
 
 
-@contextlib.contextmanager
-def transformers_server(log: Path, *options: str) -> Iterator[str]:
+def transformers_server(log: Path, *options: str) -> contextlib.AbstractContextManager[str]:
     """`transformers serve` on the embedded LLaVA, in a process of its own."""
+    return _process(
+        log, str(Path(sys.executable).with_name("transformers")), "serve", str(MODEL_DIR), *options, "--port"
+    )
+
+
+def smoothguard_server(log: Path, *options: str) -> contextlib.AbstractContextManager[str]:
+    """`smoothguard serve` on the same."""
+    return _process(log, sys.executable, "-m", "lmms_smoothguard", "serve", str(MODEL_DIR), *options, "--", "--port")
+
+
+@contextlib.contextmanager
+def _process(log: Path, *command: str) -> Iterator[str]:
+    """A server's address; the command's last option is its port."""
     port = free_port()
-    command = [
-        str(Path(sys.executable).with_name("transformers")),
-        "serve",
-        str(MODEL_DIR),
-        "--port",
-        str(port),
-        *options,
-    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with log.open("wb") as written:
-        process = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen([*command, str(port)], stdout=written, stderr=subprocess.STDOUT, env=environment)
         try:
             address = f"http://127.0.0.1:{port}"
             for _ in range(600):

@@ -1,0 +1,87 @@
+"""transformers' own OpenAI-compatible server, every request of it defended."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from hf_integration.override import attach, force
+from lmms_smoothguard.choice import Choice
+from lmms_smoothguard.errors import ConfigError, SmoothGuardError, explain
+
+ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health", "/load_model", "/reset")
+"""What is served. Others are not: `/v1/systemone` asks the model's forward about pictures, past `generate`, and nobody knows what a
+later version adds."""
+_BYPASSES = ("--continuous-batching", "--cb-")
+
+
+def serve(model: str, defense: Choice, options: Sequence[str] = ()) -> None:
+    """Runs `transformers serve MODEL OPTIONS` in this process until it is stopped, with the defence forced on.
+
+    A request cannot switch it off, by whatever generation config it brings. Raises ConfigError where the server is missing, for
+    options that bypass `generate`, and for those it does not know.
+    """
+    for option in options:
+        if option.startswith(_BYPASSES):
+            raise ConfigError(
+                f"{option} bypasses generate(), and with it the defence; expected none of {', '.join(_BYPASSES)}*"
+            )
+    try:
+        import click
+        import typer
+        from transformers.cli.serve import Serve
+        from transformers.cli.serving.server import build_server  # noqa: F401
+        from transformers.utils.import_utils import is_serve_available
+    except ImportError as error:
+        raise ConfigError(
+            f"transformers' server is missing ({error}); expected a transformers that has `transformers serve`"
+        ) from error
+    if not is_serve_available():
+        raise ConfigError("transformers' server needs more packages; pip install 'lmms-smoothguard[serve]'")
+    command = typer.Typer(add_completion=False)
+    command.command(name="serve")(Serve)
+    with _defended(defense):
+        try:
+            command([model, *options], standalone_mode=False)
+        except click.ClickException as error:
+            raise ConfigError(f"transformers serve: {error.format_message()}") from error
+
+
+@contextlib.contextmanager
+def _defended(defense: Choice) -> Iterator[None]:
+    """Forces the defence, shows it the processor of every model that is loaded, and takes routes that bypass it out."""
+    from transformers.cli.serving import server
+    from transformers.cli.serving.model_manager import ModelManager
+
+    build, load = server.build_server, ModelManager.load_model_and_processor
+
+    def build_defended(*args: Any, **kwargs: Any) -> Any:
+        app = build(*args, **kwargs)
+        _keep_routes(app)
+        app.add_exception_handler(SmoothGuardError, _refused)
+        return app
+
+    def load_attached(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model, processor = load(self, *args, **kwargs)
+        attach(model, processor)
+        return model, processor
+
+    force(defense)
+    server.build_server, ModelManager.load_model_and_processor = build_defended, load_attached
+    try:
+        yield
+    finally:
+        server.build_server, ModelManager.load_model_and_processor = build, load
+        force(None)
+
+
+def _keep_routes(app: Any) -> None:
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
+
+
+async def _refused(request: Any, error: Exception) -> Any:
+    from fastapi.responses import JSONResponse
+
+    told = {"message": explain(error), "type": "invalid_request_error", "param": None, "code": "undefendable"}
+    return JSONResponse({"error": told}, 400)
