@@ -145,13 +145,17 @@ def _of_part(number: int, place: int, part: Any) -> Iterator[Part]:
     if isinstance(part, str):
         return
     kind = part.get("type") if isinstance(part, dict) else None
-    if isinstance(kind, str) and kind in _PLAIN_PARTS:
+    if not isinstance(kind, str):
+        raise bad_request(
+            f"part {place} of message {number} is of type {kind!r}, which cannot be defended; expected a part's name"
+        )
+    if kind in _PLAIN_PARTS:
         if not isinstance(part.get(kind), str) or set(part) - {"type", kind, "cache_control"}:
             raise bad_request(
                 f"part {place} of message {number} is no plain {kind}; expected its type and its text alone"
             )
         return
-    read = _READ.get(kind) if isinstance(kind, str) else None
+    read = _READ.get(kind)
     if read is None:
         raise bad_request(
             f"part {place} of message {number} is of type {kind!r}, which cannot be defended; expected text, image_url or input_audio"

@@ -60,13 +60,13 @@ async def _public_address(host: str, port: int) -> str:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise bad_request(f"a picture's address names {host!r}, which cannot be found") from error
-    addresses = [entry[4][0] for entry in found]
+    addresses = [str(entry[4][0]) for entry in found]
     for address in addresses:
         if not _is_public(address):
             raise Refusal(
                 403, "private_address", f"a picture's address leads to {host!r}, which is not on the public network"
             )
-    return str(addresses[0])
+    return addresses[0]
 
 
 def _is_public(address: str) -> bool:
