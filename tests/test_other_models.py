@@ -40,11 +40,12 @@ def test_attack_and_defence_through_lmms_evals_qwen2_vl_wrapper(qwen):
 def test_every_wrapper_that_upstream_can_import_is_made(capsys):
     """Where ours cannot be made, upstream's own import fails for the same reason: a media library is not installed."""
     models = pytest.importorskip("lmms_eval.models")
-    from lmms_smoothguard.harness.lmms_eval.bases import BASES
+    from lmms_smoothguard.harness.lmms_eval.bases import BASES, BLACK_BOXES
+    from lmms_smoothguard.harness.lmms_eval.black_boxes import BlackBoxMixin
     from lmms_smoothguard.harness.lmms_eval.wrappers import SmoothGuardMixin
 
     made = 0
-    for base in BASES:
+    for base in (*BASES, *BLACK_BOXES):
         manifest = models.get_model_manifest(f"smoothguard_{base}")
         for simple in (False, True):
             if (manifest.simple_class_path if simple else manifest.chat_class_path) is None:
@@ -57,6 +58,7 @@ def test_every_wrapper_that_upstream_can_import_is_made(capsys):
                 continue
             ours = models.get_model(f"smoothguard_{base}", force_simple=simple)
             assert issubclass(ours, SmoothGuardMixin)
+            assert issubclass(ours, BlackBoxMixin) == (base in BLACK_BOXES)
             assert issubclass(ours, upstream)
             made += 1
     assert made >= 25

@@ -44,13 +44,18 @@ def images_of(wrapper: Any, request: Instance) -> list[Image.Image]:
     return [part["url"] for part in _image_parts(media)]
 
 
-def has_media(wrapper: Any, request: Instance) -> bool:
-    """Whether a request holds anything but text: images in whatever form, sounds, videos."""
+def count_media(wrapper: Any, request: Instance) -> int:
+    """How much a request holds beside text: images in whatever form, sounds, videos."""
     media = request.args[_place_of_media(wrapper)](document_of(wrapper, request))
     if getattr(wrapper, "is_simple", True):
-        return any(item is not None for item in media or [])
+        return sum(item is not None for item in media or [])
     contents = [message["content"] for message in media if not isinstance(message["content"], str)]
-    return any(part.get("type") != "text" for content in contents for part in content)
+    return sum(part.get("type") != "text" for content in contents for part in content)
+
+
+def has_media(wrapper: Any, request: Instance) -> bool:
+    """Whether a request holds anything but text."""
+    return count_media(wrapper, request) > 0
 
 
 def _image_parts(messages: Any) -> list[dict[str, Any]]:

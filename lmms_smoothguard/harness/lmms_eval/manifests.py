@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from lmms_smoothguard.harness.lmms_eval import discovery
-from lmms_smoothguard.harness.lmms_eval.bases import ALIASES, BASES, PREFIX
+from lmms_smoothguard.harness.lmms_eval.bases import ALIASES, BASES, BLACK_BOXES, PREFIX
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def _manifests() -> list[Any]:
     tables = sys.modules["lmms_eval.models"]  # still being imported, but its tables stand
     simple, chat = tables.AVAILABLE_SIMPLE_MODELS, tables.AVAILABLE_CHAT_TEMPLATE_MODELS
     found = []
-    for base in BASES:
+    for base in (*BASES, *BLACK_BOXES):
         paths = {}
         if base in simple:
             paths["simple_class_path"] = f"{_WRAPPERS}.simple__{base}"

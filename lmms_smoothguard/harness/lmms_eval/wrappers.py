@@ -26,6 +26,7 @@ from lmms_smoothguard.encoders import TowerProvenance, check_tower, load_vision_
 from lmms_smoothguard.errors import ConfigError, UndefendableError, explain
 from lmms_smoothguard.harness.lmms_eval import judging, reporting, sharding
 from lmms_smoothguard.harness.lmms_eval.attacking import CLEAN, INFO, attacked_requests
+from lmms_smoothguard.harness.lmms_eval.bases import BLACK_BOXES
 from lmms_smoothguard.harness.lmms_eval.finishing import PADDING, Finished, Finisher
 from lmms_smoothguard.harness.lmms_eval.instances import has_media
 from lmms_smoothguard.harness.lmms_eval.options import Options, explain_leftover, take_options
@@ -60,7 +61,7 @@ class SmoothGuardMixin:
             self._sg_init(args, kwargs)
 
     def _sg_init(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        base_init = _parameters(type(self))
+        base_init = parameters_of(type(self))
         accepted = [*base_init, "batch_size", "max_batch_size", "device"]
         self._sg_options = take_options(kwargs, accepted)
         explain_leftover(kwargs, accepted, self._sg_options.defense)
@@ -205,7 +206,7 @@ def _summary(seen: hf_integration.Observation) -> dict[str, Any]:
 # -- the wrapper underneath --------------------------------------------------------------------------------------------
 
 
-def _parameters(wrapper: type) -> dict[str, inspect.Parameter]:
+def parameters_of(wrapper: type) -> dict[str, inspect.Parameter]:
     """The named arguments of a wrapper's own `__init__`, and of the next ones for as long as each hands `**kwargs` on."""
     own = wrapper.__mro__[wrapper.__mro__.index(SmoothGuardMixin) + 1 :]
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -270,6 +271,15 @@ def __getattr__(name: str) -> type:
     path = table[base] if "." in table[base] else f"lmms_eval.models.{kind}.{base}.{table[base]}"
     module, _, attribute = path.rpartition(".")
     parent = getattr(importlib.import_module(module), attribute)
-    made = type(name, (SmoothGuardMixin, parent), {"__module__": __name__, "__doc__": parent.__doc__})
+    made = type(name, (_mixin(base), parent), {"__module__": __name__, "__doc__": parent.__doc__})
     globals()[name] = made
     return made
+
+
+def _mixin(base: str) -> type[SmoothGuardMixin]:
+    """What stands before a wrapper: the defence inside of its model, or around one that is out of reach."""
+    if base not in BLACK_BOXES:
+        return SmoothGuardMixin
+    from lmms_smoothguard.harness.lmms_eval.black_boxes import BlackBoxMixin
+
+    return BlackBoxMixin
