@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import io
+import json
 from types import SimpleNamespace
 
 import httpx
@@ -121,7 +122,7 @@ def test_without_a_defence_it_is_upstreams_run(between):
     assert between.calls == LIMIT
     between.bodies, ours = [], between.bodies
     upstream_samples = evaluate_upstream(between)
-    assert between.bodies == ours
+    assert sorted(map(json.dumps, between.bodies)) == sorted(map(json.dumps, ours))  # several are asked at a time
     scored = ("resps", "filtered_resps", "pope_accuracy")
     assert [{name: sample.get(name) for name in scored} for sample in plain] == [
         {name: sample.get(name) for name in scored} for sample in upstream_samples
