@@ -19,8 +19,8 @@ _BYPASSES = ("--continuous-batching", "--cb-")
 def serve(model: str, defense: Choice, options: Sequence[str] = ()) -> None:
     """Runs `transformers serve MODEL OPTIONS` in this process until it is stopped, with the defence forced on.
 
-    A request cannot switch it off, by whatever generation config it brings. Raises ConfigError where the server is missing, for
-    options that bypass `generate`, and for those it does not know.
+    A request cannot switch it off, by whatever generation config it brings. Raises ConfigError where the server is missing and for
+    options that bypass `generate`, SystemExit for those it does not know and when it is stopped.
     """
     for option in options:
         if option.startswith(_BYPASSES):
@@ -28,7 +28,6 @@ def serve(model: str, defense: Choice, options: Sequence[str] = ()) -> None:
                 f"{option} bypasses generate(), and with it the defence; expected none of {', '.join(_BYPASSES)}*"
             )
     try:
-        import click
         import typer
         from transformers.cli.serve import Serve
         from transformers.cli.serving.server import build_server  # noqa: F401
@@ -42,10 +41,7 @@ def serve(model: str, defense: Choice, options: Sequence[str] = ()) -> None:
     command = typer.Typer(add_completion=False)
     command.command(name="serve")(Serve)
     with _defended(defense):
-        try:
-            command([model, *options], standalone_mode=False)
-        except click.ClickException as error:
-            raise ConfigError(f"transformers serve: {error.format_message()}") from error
+        command([model, *options])
 
 
 @contextlib.contextmanager

@@ -144,7 +144,7 @@ def test_bf16_flips_few_answers(trained, scenes, images):
     assert sum(a != b for a, b in pairs) <= 0.1 * len(pairs)
 
 
-@pytest.mark.parametrize("how", ["forward", "module"])
+@pytest.mark.parametrize("how", [pytest.param("forward", marks=pytest.mark.slow), "module"])
 def test_compiled_models(trained, batch, how):
     model = copy.deepcopy(trained[0])
     hf_integration.attach(model, trained[1])

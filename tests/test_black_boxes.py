@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import functools
 import io
 import json
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ import httpx
 import numpy as np
 import pytest
 from lmms_eval.api.instance import Instance, TokenCounts
+from managers import task_manager
 from PIL import Image
 from serving import Faulty, served, transformers_server
 
@@ -36,13 +36,6 @@ def between(engine):
     faulty = Faulty(engine)
     with served(faulty.app) as faulty.address:
         yield faulty
-
-
-@functools.cache
-def task_manager(model):
-    from lmms_eval.tasks import TaskManager
-
-    return TaskManager("ERROR", model_name=model)
 
 
 def evaluate(between, wrapper, task="shapes_pope", **model_args):

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from managers import task_manager
 from PIL import Image
 from tiny_models import IMAGE_STD
 from tiny_models.subject import Subject, row_of
@@ -108,7 +109,6 @@ def test_4_questions_are_told_apart(tmp_path):
 def test_5_baseline_and_defence_are_asked_the_same(monkeypatch):
     """There, their prompts differ in order, which confounds the gain on Qwen."""
     from lmms_eval.evaluator import simple_evaluate
-    from lmms_eval.tasks import TaskManager
     from transformers import LlavaForConditionalGeneration
 
     forward, asked = LlavaForConditionalGeneration.forward, {}
@@ -125,7 +125,7 @@ def test_5_baseline_and_defence_are_asked_the_same(monkeypatch):
         simple_evaluate(
             model="smoothguard_llava", model_args=f"pretrained={MODEL_DIR},defense={defense},num_samples=3",
             tasks=["shapes_pope"], limit=3, batch_size=1, bootstrap_iters=0,
-            task_manager=TaskManager("ERROR", model_name="smoothguard_llava"),
+            task_manager=task_manager(),
         )  # fmt: skip
     assert len(asked["none"]) == 3
     for plain, copies in zip(asked["none"], asked["smoothguard"], strict=True):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from managers import task_manager
 
 pytest.importorskip("lmms_eval")
 
@@ -28,12 +29,11 @@ POPE_TASKS = {"pope_pgd", "pope_pgd_popular", "pope_pgd_random"}
 def evaluate(tasks, limit=4, model="smoothguard_llava", **model_args):
     """What `lmms-eval --model ... --tasks ...` does, in this process."""
     from lmms_eval.evaluator import simple_evaluate
-    from lmms_eval.tasks import TaskManager
 
     arguments = ",".join(f"{key}={value}" for key, value in {"pretrained": MODEL_DIR, **model_args}.items())
     return simple_evaluate(
         model=model, model_args=arguments, tasks=tasks, limit=limit, batch_size=1, bootstrap_iters=0,
-        task_manager=TaskManager("ERROR", model_name=model),
+        task_manager=task_manager(model),
     )  # fmt: skip
 
 

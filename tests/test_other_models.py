@@ -6,6 +6,7 @@ The Qwen2-VL is of tiny size with random weights: it shows that the ways fit, an
 from __future__ import annotations
 
 import pytest
+from managers import task_manager
 from tiny_models import ARCHITECTURES
 
 
@@ -22,13 +23,12 @@ def qwen(tmp_path_factory):
 def test_attack_and_defence_through_lmms_evals_qwen2_vl_wrapper(qwen):
     pytest.importorskip("lmms_eval")
     from lmms_eval.evaluator import simple_evaluate
-    from lmms_eval.tasks import TaskManager
 
     found = simple_evaluate(
         model="smoothguard_qwen2_vl",
         model_args=f"pretrained={qwen},sigma=0.5,noise_space=pixel,num_samples=3,attack_steps=2,min_pixels=3136,max_pixels=12544",
         tasks=["shapes_pope_pgd"], limit=2, batch_size=1, bootstrap_iters=0,
-        task_manager=TaskManager("ERROR", model_name="smoothguard_qwen2_vl"),
+        task_manager=task_manager("smoothguard_qwen2_vl"),
     )  # fmt: skip
     for sample in found["samples"]["shapes_pope_pgd"]:
         info = sample["token_counts"][0]

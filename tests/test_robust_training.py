@@ -149,7 +149,7 @@ def test_tecoas_loss_is_that_of_the_dual_encoder(labelled_source, tmp_path):
     assert (theirs.argmax(1) == labels).float().mean() >= 0.5  # labels are the pictures' own
 
 
-@pytest.mark.parametrize("method", ["fare", "tecoa"])
+@pytest.mark.parametrize("method", ["fare", pytest.param("tecoa", marks=pytest.mark.slow)])
 def test_training_lowers_the_loss_under_attack_and_leaves_the_original_alone(
     method, scene_source, labelled_source, tmp_path
 ):

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from managers import task_manager
 
 pytest.importorskip("lmms_eval")
 
@@ -91,13 +92,12 @@ def alone(tmp_path, task, limit, model_args):
     """The same run in this one process, and its files."""
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.loggers import EvaluationTracker
-    from lmms_eval.tasks import TaskManager
 
     tracker = EvaluationTracker(output_path=str(tmp_path))
     command_line = argparse.Namespace(reasoning_tags='[["<think>", "</think>"]]', process_with_media=True)
     found = simple_evaluate(
         model="smoothguard_llava", model_args=model_args, tasks=[task], limit=limit, batch_size=1, cli_args=command_line,
-        task_manager=TaskManager("ERROR", model_name="smoothguard_llava"), evaluation_tracker=tracker, datetime_str="now",
+        task_manager=task_manager(), evaluation_tracker=tracker, datetime_str="now",
     )  # fmt: skip
     samples = found.pop("samples")
     tracker.save_results_aggregated(results=found, samples=samples, datetime_str="now")

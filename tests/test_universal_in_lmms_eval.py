@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from managers import task_manager
 
 pytest.importorskip("lmms_eval")
 
@@ -112,7 +113,6 @@ def test_only_universal_requests_are_taken_out(options):
 @pytest.mark.parametrize("defense", ["none", "smoothguard"])
 def test_one_picture_for_a_whole_task(tmp_path, monkeypatch, caplog, defense):
     from lmms_eval.evaluator import simple_evaluate
-    from lmms_eval.tasks import TaskManager
 
     pairs = language.request_pairs(language.FORBIDDEN_VERBS, test=False)[:6]
     rows = [{"instruction": language.request(*p, 0), "response": language.compliance(*p)} for p in pairs]
@@ -130,7 +130,7 @@ def test_one_picture_for_a_whole_task(tmp_path, monkeypatch, caplog, defense):
     }  # fmt: skip
     results = simple_evaluate(
         model="smoothguard_llava", model_args=",".join(f"{k}={v}" for k, v in arguments.items()), tasks=["shapes_safety"],
-        limit=3, batch_size=1, bootstrap_iters=0, task_manager=TaskManager("ERROR", model_name="smoothguard_llava"),
+        limit=3, batch_size=1, bootstrap_iters=0, task_manager=task_manager(),
     )  # fmt: skip
     infos = [sample["token_counts"][0] for sample in results["samples"]["shapes_safety"]]
     ((base, lessons),) = crafted

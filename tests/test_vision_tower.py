@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from managers import task_manager
 from typer.testing import CliRunner
 
 from lmms_smoothguard.attacking.store import Store
@@ -85,12 +86,11 @@ def test_a_tower_that_is_not_there_is_refused_before_the_model_is_loaded(argumen
 
 def evaluate(tasks, limit, **model_args):
     from lmms_eval.evaluator import simple_evaluate
-    from lmms_eval.tasks import TaskManager
 
     arguments = ",".join(f"{key}={value}" for key, value in {"pretrained": MODEL_DIR, **model_args}.items())
     return simple_evaluate(
         model="smoothguard_llava", model_args=arguments, tasks=tasks, limit=limit, batch_size=1, bootstrap_iters=0,
-        task_manager=TaskManager("ERROR", model_name="smoothguard_llava"),
+        task_manager=task_manager(),
     )  # fmt: skip
 
 
