@@ -132,7 +132,7 @@ def _copies(data: bytes, copies: int) -> list[bytes]:
     settings, request = ProxySettings(upstream="http://engine", defense=defense), read_chat(data)
     url = request.body["messages"][0]["content"][0]["image_url"]["url"]
     media = NoisyMedia(request, [base64.b64decode(url.partition(",")[2])], settings)
-    return [json.dumps(media.body(copy)).encode() for copy in range(copies)]
+    return [media.body(copy) for copy in range(copies)]
 
 
 def _send(address: str, bodies: Sequence[bytes], together: int, echoes: bool) -> None:

@@ -8,6 +8,8 @@ import json
 import struct
 import wave
 import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
@@ -189,6 +191,24 @@ def test_what_is_allowed_passes(proxied, engine):
             else image(address(data_of(Image.new("RGB", (8, 8)), form), kind))
         )
         assert client.post("/v1/chat/completions", json=request_of(part)).status_code == 200
+
+
+def test_pixels_are_counted_over_a_requests_pictures_and_all_requests_in_work(proxied, engine):
+    square = image(address(data_of(Image.new("RGB", (100, 100)))))
+    client = proxied(most_pixels=25_000)
+    assert client.post("/v1/chat/completions", json=request_of(square, square)).status_code == 200
+    del engine.bodies[:]
+    refused = client.post("/v1/chat/completions", json=request_of(square, square, square))
+    assert (refused.status_code, engine.bodies) == (413, [])
+    # Four at a time with room for one and a half: one is always taken, others wait their turn or are told to.
+    client = proxied(most_pixels_in_work=15_000)
+    with ThreadPoolExecutor(4) as users:
+        found = list(users.map(lambda _: client.post("/v1/chat/completions", json=request_of(square)), range(12)))
+    told = Counter(response.status_code for response in found)
+    assert told[200] >= 1
+    assert told[200] + told[503] == 12
+    assert all(response.json()["error"]["code"] == "busy" for response in found if response.status_code == 503)
+    assert client.post("/v1/chat/completions", json=request_of(square)).status_code == 200  # all of it is given back
 
 
 # -- sound -------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -65,9 +66,8 @@ async def answer(
     failures: list[str] = []
 
     async def ask(copy: int) -> tuple[int, dict[str, Any] | Unanswered]:
-        body = await asyncio.to_thread(media.body, copy)
         try:
-            return copy, await upstream.answer(body, headers)
+            return copy, await upstream.answer(functools.partial(media.body, copy), headers)
         except Unanswered as error:
             return copy, error
 

@@ -89,14 +89,12 @@ class _Desk:
 
     def __init__(self, settings: ProxySettings) -> None:
         self._settings = settings
-        self.in_work = 0
+        self.in_work = self._pixels = 0
 
     async def serve(self, request: Request, found: ChatRequest, data: bytes) -> Response:
         """Raises Refusal, Declined or Unanswered."""
         if self.in_work >= self._settings.most_requests:
-            raise Refusal(
-                503, "busy", f"{self.in_work} requests are in work; expected fewer. Try again", {"retry-after": "1"}
-            )  # fmt: skip
+            raise _busy(f"{self.in_work} requests are in work")
         self.in_work += 1
         try:
             return await _while_connected(request, self._answer(request, found, data))
@@ -117,7 +115,17 @@ class _Desk:
             media = await asyncio.to_thread(NoisyMedia, found, files, settings)
         except SmoothGuardError as error:
             raise Refusal(400, "undefendable", explain(error)) from error
-        return reply(await answer(media, upstream, settings, headers), found.stream, found.wants_usage)
+        if self._pixels and self._pixels + media.pixels > settings.most_pixels_in_work:
+            raise _busy(f"{self._pixels} pixels are in work")
+        self._pixels += media.pixels
+        try:
+            return reply(await answer(media, upstream, settings, headers), found.stream, found.wants_usage)
+        finally:
+            self._pixels -= media.pixels
+
+
+def _busy(what: str) -> Refusal:
+    return Refusal(503, "busy", f"{what}; expected fewer. Try again", {"retry-after": "1"})
 
 
 class _Relayed(StreamingResponse):

@@ -55,7 +55,12 @@ def proxy(
     most_megabytes: Annotated[
         int, typer.Option(min=1, rich_help_panel=_BOUNDS, help="Of a request.")
     ] = _USUAL.most_bytes // MEGABYTE,
-    most_pixels: Annotated[int, typer.Option(rich_help_panel=_BOUNDS, help="Of a picture.")] = _USUAL.most_pixels,
+    most_pixels: Annotated[
+        int, typer.Option(rich_help_panel=_BOUNDS, help="Of a request's pictures together.")
+    ] = _USUAL.most_pixels,
+    most_pixels_in_work: Annotated[
+        int, typer.Option(rich_help_panel=_BOUNDS, help="Of all requests in work; beyond them 503.")
+    ] = _USUAL.most_pixels_in_work,
     most_media: Annotated[
         int, typer.Option(rich_help_panel=_BOUNDS, help="Pictures and sounds in a request.")
     ] = _USUAL.most_media,
@@ -86,8 +91,8 @@ def proxy(
     settings = ProxySettings(
         upstream=upstream, defense=defense, shortest_side=_side(shortest_side), audio_sigma=audio_sigma, quorum=quorum,
         timeout=timeout, retries=retries, most_requests=most_requests, most_upstream=most_upstream,
-        most_bytes=most_megabytes * MEGABYTE, most_pixels=most_pixels, most_media=most_media, remote=remote,
-        extra_fields=tuple(extra_field or ()),
+        most_bytes=most_megabytes * MEGABYTE, most_pixels=most_pixels, most_pixels_in_work=most_pixels_in_work, most_media=most_media,
+        remote=remote, extra_fields=tuple(extra_field or ()),
     )  # fmt: skip
     run(settings, host, port, grace)
 
@@ -112,4 +117,7 @@ def run(settings: ProxySettings, host: str, port: int, grace: int) -> None:
         typer.secho(
             f"seed {settings.defense.seed}: the noise is known to whoever knows it; for measurements only", fg="yellow"
         )
-    uvicorn.run(make_app(settings), host=host, port=port, timeout_graceful_shutdown=grace, log_level="info")
+    connections = 4 * settings.most_requests + 16  # open ones, whatever they send or wait for; beyond them 503
+    uvicorn.run(
+        make_app(settings), host=host, port=port, timeout_graceful_shutdown=grace, limit_concurrency=connections, log_level="info"
+    )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import json
 import re
 import warnings
 from collections.abc import Awaitable, Callable, Sequence
@@ -60,7 +61,8 @@ def _decoded(text: str, where: str) -> bytes:
 
 
 def read_picture(data: bytes, most_pixels: int) -> Image.Image:
-    """RGB, turned as its orientation says. Raises Refusal for what is no whole still picture of at most so many pixels."""
+    """RGB, turned as its orientation says. Raises Refusal for what is no whole still picture of at most so many pixels, which is seen
+    before they are decoded."""
     try:
         with warnings.catch_warnings(), whole_pictures():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound comes first
@@ -80,7 +82,11 @@ def read_picture(data: bytes, most_pixels: int) -> Image.Image:
 
 
 def _too_large(size: str, most: int) -> Refusal:
-    return Refusal(413, "too_large", f"a picture has {size} pixels; expected at most {most}")
+    return Refusal(
+        413,
+        "too_large",
+        f"a picture has {size} pixels; expected at most {most}, those of the request's other pictures counted",
+    )
 
 
 class NoisyMedia:
@@ -91,11 +97,14 @@ class NoisyMedia:
         self._request, self._settings = request, settings
         defense = settings.defense
         found = list(zip(request.media, data, strict=True))
-        pictures = [read_picture(held, settings.most_pixels) for part, held in found if part.kind == "image_url"]
+        pictures: list[Image.Image] = []
+        for part, held in found:
+            if part.kind == "image_url":
+                left = settings.most_pixels - sum(picture.width * picture.height for picture in pictures)
+                pictures.append(brought_to(read_picture(held, left), settings.shortest_side))
         clips = [self._clip(held) for part, held in found if part.kind == "input_audio"]
-        self._pictures = NoisyPictures(
-            [brought_to(picture, settings.shortest_side) for picture in pictures], defense.sigma, defense.seed
-        )
+        self.pixels = sum(picture.width * picture.height for picture in pictures)
+        self._pictures = NoisyPictures(pictures, defense.sigma, defense.seed)
         self._clips = NoisyClips(clips, settings.audio_sigma or 0.0, defense.seed)
 
     def _clip(self, data: bytes) -> Clip:
@@ -106,7 +115,7 @@ class NoisyMedia:
         except ConfigError as error:
             raise bad_request(str(error)) from error
 
-    def body(self, copy: int) -> dict[str, Any]:
+    def body(self, copy: int) -> bytes:
         """What the engine is asked for copy `copy`, from 0; the first is the clean one where the defence has one."""
         number = copy if self._settings.defense.include_clean else copy + 1
         pictures = iter(self._pictures.copy(number) if number else self._pictures.clean)
@@ -115,7 +124,7 @@ class NoisyMedia:
             _image_value(next(pictures), part) if part.kind == "image_url" else _audio_value(next(clips))
             for part in self._request.media
         ]
-        return self._request.with_media(values)
+        return json.dumps(self._request.with_media(values)).encode()
 
 
 def _image_value(picture: Image.Image, part: Part) -> dict[str, Any]:

@@ -25,7 +25,8 @@ class ProxySettings:
     timeout: seconds an attempt at one copy may take; retries: further attempts; pause: seconds before the first of these,
         doubled for each further one.
     most_requests: defended requests in work at a time, beyond them 503; most_upstream: calls of the engine at a time, further ones wait.
-    most_bytes: of a request's body; most_pixels: of a picture; most_media: pictures and sounds in a request; longest_sound: seconds.
+    most_bytes: of a request's body; most_pixels: of a request's pictures together; most_pixels_in_work: of all requests in work, beyond them
+        503; most_media: pictures and sounds in a request; longest_sound: seconds.
     remote: whether http(s) addresses of pictures are fetched, never from private networks.
     extra_fields: names of a request's fields, beyond the known ones, that the engine may be given.
     """
@@ -42,6 +43,7 @@ class ProxySettings:
     most_upstream: int = 128
     most_bytes: int = 32 * MEGABYTE
     most_pixels: int = 32_000_000
+    most_pixels_in_work: int = 64_000_000
     most_media: int = 16
     longest_sound: float = 600.0
     remote: bool = False
@@ -54,7 +56,14 @@ class ProxySettings:
             raise ConfigError(f"upstream is {self.upstream!r}; expected an address such as http://127.0.0.1:8000/v1")
         if address.username or address.password:
             raise ConfigError("upstream has a user or password in its address; expected none: keys travel in headers")
-        for name in ("most_requests", "most_upstream", "most_bytes", "most_pixels", "most_media"):
+        for name in (
+            "most_requests",
+            "most_upstream",
+            "most_bytes",
+            "most_pixels",
+            "most_pixels_in_work",
+            "most_media",
+        ):
             _whole(name, getattr(self, name), 1)
         _whole("retries", self.retries, 0)
         for name in ("timeout", "longest_sound"):

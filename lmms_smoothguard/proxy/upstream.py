@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -58,16 +58,20 @@ class Upstream:
     ) -> None:
         await self._client.aclose()
 
-    async def answer(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> dict[str, Any]:
-        """The engine's chat completion. Raises Declined where asking again cannot help, Unanswered when all attempts failed."""
+    async def answer(self, make: Callable[[], bytes], headers: Mapping[str, str]) -> dict[str, Any]:
+        """The engine's chat completion. `make` makes the request's body, in a thread, once it is its turn: bodies that wait would fill the
+        memory. Raises Declined where asking again cannot help, Unanswered when all attempts failed."""
+        sent = {**headers, "content-type": "application/json"}
         failure, asked = "no attempt", 0.0
         for attempt in range(self._settings.retries + 1):
             if attempt:
                 backoff = self._settings.pause * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
                 await asyncio.sleep(max(asked, backoff))
             try:
-                async with self._free, asyncio.timeout(self._settings.timeout):
-                    response = await self._client.post(self._url("chat/completions"), json=body, headers=dict(headers))
+                async with self._free:
+                    content = await asyncio.to_thread(make)
+                    async with asyncio.timeout(self._settings.timeout):
+                        response = await self._client.post(self._url("chat/completions"), content=content, headers=sent)
             except TimeoutError:
                 failure = f"no answer within {self._settings.timeout:g} seconds"
                 continue
