@@ -30,8 +30,10 @@ from lmms_smoothguard.inputs.fitting import misfits
 
 log = logging.getLogger(__name__)
 
+EXPORTED = "__smoothguard_export__"
+"""An attribute of generation code that defends by itself (`lmms_smoothguard.export`)."""
 _UNSET: Any = object()
-_OFF, _TEXT, _DEFENDING = "off", "text", "defending"
+_OFF, _PLAIN, _TEXT, _DEFENDING = "off", "plain", "text", "defending"
 _lock = threading.RLock()
 _thread = threading.local()
 _originals: list[tuple[type, str, Any]] = []  # (class, attribute, what stood there); _UNSET: nothing did
@@ -103,7 +105,7 @@ def observe() -> Iterator[Observation]:
 
 def _handled() -> list[tuple[Any, Any, str]]:
     """The calls that this thread is in, outermost first: the model, its original `generate`, and what became of the call:
-    _OFF without a defence, _TEXT with nothing to defend, _DEFENDING while its copies are answered."""
+    _OFF without a defence, _PLAIN where the call itself asked for none, _TEXT with nothing to defend, _DEFENDING while its copies are answered."""
     if not hasattr(_thread, "handled"):
         _thread.handled = []
     return _thread.handled  # type: ignore[no-any-return]
@@ -176,43 +178,70 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _is_part_of_a_call(self, original):
             return original(self, *args, **kwargs)
-        handled = _handled()
-        depth = len(handled)
-        handled.append((self, original, _DEFENDING))  # what a defence calls before it has decided is part of it
-        try:
-            arguments = _bind(signature, self, args, kwargs)
-            choice = _choice_of(self, arguments)
-            if choice is None:
-                handled[depth] = (self, original, _OFF)
-                kwargs.pop("smoothguard", None)
-                return original(self, *args, **kwargs)
-            tokenizer, image_processor = _attachments(self)
-            request = Request(
-                self,
-                functools.partial(original, self),
-                arguments,
-                arguments.get("tokenizer") or tokenizer,
-                image_processor,
-            )
-            with plugins.blame("defenses", choice.name):
-                defended = _defend(request, choice)
-            if defended is None:
-                handled[depth] = (self, original, _TEXT)
-                kwargs.pop("smoothguard", None)
-                return original(self, *args, **kwargs)
-            for watcher in _watchers():
-                watcher.defended += 1
-                watcher.verdicts.append(defended.verdicts)
-            return defended.output
-        except BaseException as error:
-            for watcher in _watchers():
-                watcher.error = watcher.error or error
-            raise
-        finally:
-            del handled[depth:]
+
+        def plain() -> Any:
+            kwargs.pop("smoothguard", None)
+            return original(self, *args, **kwargs)
+
+        return _handle(self, original, lambda: _bind(signature, self, args, kwargs), plain)
 
     generate.__smoothguard_original__ = original  # type: ignore[attr-defined]
     return generate
+
+
+def generate_defended(model: Any, settings: Any, /, **kwargs: Any) -> Any:
+    """`model.generate(**kwargs, smoothguard=settings)`, from within a call of it: what an exported `custom_generate` does.
+
+    A `smoothguard` among the arguments is the caller's own, and goes before. Within a call that is defended already, or that asked for
+    no defence, nothing is defended. Raises what `generate` raises.
+    """
+    method = type(model).generate
+    original = getattr(method, "__smoothguard_original__", method)
+    kwargs.setdefault("smoothguard", settings)
+
+    def plain() -> Any:
+        return original(model, **{name: value for name, value in kwargs.items() if name != "smoothguard"})
+
+    if any(outer is model and state in (_DEFENDING, _PLAIN) for outer, _, state in _handled()):
+        return plain()
+    return _handle(model, original, lambda: _bind(inspect.signature(original), model, (), kwargs), plain)
+
+
+def _handle(model: Any, original: Any, bind: Callable[[], dict[str, Any]], plain: Callable[[], Any]) -> Any:
+    """One request: answered through the defence in force, or plainly where there is none or nothing to defend."""
+    handled = _handled()
+    depth = len(handled)
+    handled.append((model, original, _DEFENDING))  # what a defence calls before it has decided is part of it
+    try:
+        arguments = bind()
+        asked = arguments.get("smoothguard")
+        choice = _choice_of(model, arguments)
+        if choice is None:
+            handled[depth] = (model, original, _OFF if asked is None else _PLAIN)
+            return plain()
+        tokenizer, image_processor = _attachments(model)
+        request = Request(
+            model,
+            functools.partial(original, model),
+            arguments,
+            arguments.get("tokenizer") or tokenizer,
+            image_processor,
+        )
+        with plugins.blame("defenses", choice.name):
+            defended = _defend(request, choice)
+        if defended is None:
+            handled[depth] = (model, original, _TEXT)
+            return plain()
+        for watcher in _watchers():
+            watcher.defended += 1
+            watcher.verdicts.append(defended.verdicts)
+        return defended.output
+    except BaseException as error:
+        for watcher in _watchers():
+            watcher.error = watcher.error or error
+        raise
+    finally:
+        del handled[depth:]
 
 
 def _defend(request: Request, choice: Choice) -> Defended | None:
@@ -247,7 +276,7 @@ def _adjusting(original: Callable[..., Any]) -> Callable[..., Any]:
     def adjust_generation_fn(self: Any, *args: Any, **kwargs: Any) -> Any:
         original(self, *args, **kwargs)
         own = self.__dict__.get("generate")
-        if own is not None:
+        if own is not None and not hasattr(getattr(own, "func", own), EXPORTED):
 
             def generate(*call: Any, **options: Any) -> Any:
                 asked = options.pop("smoothguard", _configured(self, options.get("generation_config")))

@@ -13,6 +13,7 @@ import typer
 from lmms_smoothguard.attacking.command import attack
 from lmms_smoothguard.certifying.command import certify
 from lmms_smoothguard.errors import SmoothGuardError, did_you_mean, explain
+from lmms_smoothguard.export import export
 from lmms_smoothguard.proxy.command import proxy
 from lmms_smoothguard.report.command import compare, pool, record
 from lmms_smoothguard.serving import serve
@@ -94,6 +95,7 @@ train_app.command()(fare)
 train_app.command()(tecoa)
 app.command(no_args_is_help=True)(attack)
 app.command(no_args_is_help=True)(certify)
+app.command(no_args_is_help=True)(export)
 app.command(no_args_is_help=True)(proxy)
 app.command(no_args_is_help=True, context_settings={"allow_extra_args": True})(serve)
 

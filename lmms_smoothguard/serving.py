@@ -33,10 +33,11 @@ def serve(
     """
     from hf_integration.serve import serve as run
 
-    run(model, _choice(defense, settings or []), context.args)
+    run(model, choice_of(defense, settings or []), context.args)
 
 
-def _choice(defense: str, settings: list[str]) -> Choice:
+def choice_of(defense: str, settings: list[str]) -> Choice:
+    """A defence that serves, from FIELD=VALUE settings; its noise is drawn afresh unless they say otherwise. Raises ConfigError."""
     fields: dict[str, Any] = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
