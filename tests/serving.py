@@ -82,7 +82,8 @@ class Faulty:
     ok, a status, later (429, in a second), hang, cut, garbage, html. Counts the calls, and those that were broken off."""
 
     def __init__(self, engine: str) -> None:
-        self.engine, self.plan, self.calls, self.left, self.bodies, self.headers = engine, [], 0, 0, [], []
+        self.engine, self.plan, self.calls, self.left = engine, [], 0, 0
+        self.bodies, self.headers, self.times = [], [], []  # of the calls, in the order of arrival
         self.app = FastAPI()
 
         @self.app.post("/v1/chat/completions")
@@ -90,6 +91,7 @@ class Faulty:
             body, number = await request.json(), self.calls
             self.calls += 1
             self.bodies.append(body)
+            self.times.append(time.monotonic())
             self.headers.append(dict(request.headers))
             fault = self.plan[number] if number < len(self.plan) else "ok"
             if fault == "hang":

@@ -29,7 +29,7 @@ from lmms_smoothguard.smoothing.towers import find_tower
 from lmms_smoothguard.subject import Subject as ModelOf
 from lmms_smoothguard.training.booster import BoosterRecipe, BoosterTrainer
 from lmms_smoothguard.training.booster_session import train
-from lmms_smoothguard.training.pictures import folder_sources
+from lmms_smoothguard.training.pictures import folder_sources, to_pixels
 
 SMALL = PurifierConfig(unshuffle=2, widths=(8, 16))
 SIDE = 56  # of tiny_models
@@ -403,6 +403,11 @@ def test_training_makes_features_of_noisy_pictures_more_like_clean_ones(llava, t
 def test_a_booster_for_tiles_is_trained_on_whole_pictures_and_serves_every_tile(name, folder, tmp_path, monkeypatch):
     tiled = Subject(name)
     trainer = trainer_of(tiled, folder, tmp_path / "out")
+    shown = to_pixels(tiled.processor.image_processor, trainer._pictures.pictures([0, 1]))
+    assert shown.ndim == 5
+    assert torch.equal(
+        trainer._pixels(trainer._pictures, np.arange(2)), shown[:, 0]
+    )  # the whole picture, no tile of it
     list(trainer.run(100))
     trainer.booster.save(tmp_path / "out" / "booster")
     purify, seen = Booster.purify, []
