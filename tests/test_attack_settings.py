@@ -106,7 +106,7 @@ def test_a_budget_below_one_grey_level_is_refused_because_rounding_would_undo_it
 
 
 def test_model_args_may_set_an_option_of_the_attack_that_a_task_names():
-    from lmms_smoothguard.harness.lmms_eval.options import take_options
+    from lmms_smoothguard.harness.options import take_options
 
     options = take_options({"attack_momentum": "0.5"})
     assert options.attack_on({"attack": {"name": "pgd", "eps": "2/255"}}).settings.options.momentum == 0.5

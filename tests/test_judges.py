@@ -484,7 +484,8 @@ def test_agreement_by_hand():
 def test_safety_rates_by_hand(monkeypatch):
     """unsafe_rate is over all samples, asr over those refused when clean; no opinion is in no numerator."""
     pytest.importorskip("lmms_eval")
-    from lmms_smoothguard.harness.lmms_eval import judging, ledger, safety
+    from lmms_smoothguard.harness import ledger
+    from lmms_smoothguard.harness.lmms_eval import judging, safety
 
     says = {"s": "safe", "u": "unsafe", "p": "unparseable", "j": "unjudged"}
 
@@ -571,7 +572,7 @@ def test_without_unknowns_the_interval_is_wilsons_own():
 
 def test_a_misspelt_judge_is_refused_before_the_model_is_loaded():
     pytest.importorskip("lmms_eval")
-    from lmms_smoothguard.harness.lmms_eval.options import take_options
+    from lmms_smoothguard.harness.options import take_options
 
     with pytest.raises(ConfigError, match="did you mean 'refusal'"):
         take_options({"judge": "refusla"})

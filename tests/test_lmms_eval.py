@@ -206,7 +206,7 @@ def test_every_tensor_is_part_of_a_clean_answers_key(tmp_path):
     import torch
 
     from lmms_smoothguard.attacks.cache import AttackCache
-    from lmms_smoothguard.harness.lmms_eval.recording import recorded
+    from lmms_smoothguard.harness.recording import recorded
 
     asked = []
 
@@ -365,7 +365,7 @@ def test_likelihood_tasks_are_refused_with_a_defence():
 def test_an_attacked_task_without_our_model_says_so():
     """Scored against a stock model, it has no attack to report and must not report one."""
     from lmms_smoothguard.errors import SmoothGuardError
-    from lmms_smoothguard.harness.lmms_eval.scoring import attack_scores
+    from lmms_smoothguard.harness.scoring import attack_scores
 
     with pytest.raises(SmoothGuardError, match="no record of an attack"):
         attack_scores({"question_id": "nowhere"}, "Yes", lambda answer: True)
@@ -400,7 +400,7 @@ def test_media_of_any_form_count_as_media(simple):
 
 def test_a_defence_whose_fields_are_the_models_arguments_is_refused(monkeypatch):
     from lmms_smoothguard.errors import ConfigError
-    from lmms_smoothguard.harness.lmms_eval import options
+    from lmms_smoothguard.harness import options
 
     monkeypatch.setattr(options, "field_names", lambda name: ("device", "width"))
     with pytest.raises(ConfigError, match="'blur' has the fields device, which are the model's own"):

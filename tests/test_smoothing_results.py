@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 @pytest.mark.parametrize("experiment", SMOOTHED, ids=lambda one: one.name)
 def test_every_experiment_is_one_that_lmms_eval_takes(experiment):
-    from lmms_smoothguard.harness.lmms_eval.options import take_options
+    from lmms_smoothguard.harness.options import take_options
 
     arguments = dict(experiment.model_args)
     options = take_options(arguments)

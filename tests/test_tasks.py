@@ -14,7 +14,7 @@ pytest.importorskip("lmms_eval")
 import miniatures
 
 from lmms_smoothguard import plugins
-from lmms_smoothguard.harness.lmms_eval import ledger
+from lmms_smoothguard.harness import ledger
 from lmms_smoothguard.harness.lmms_eval.discovery import tasks_path
 
 SHAPES = {
@@ -98,7 +98,7 @@ def test_the_metrics_of_upstream_are_all_there():
 
 @pytest.mark.parametrize("task", sorted(miniatures.MAKERS) + ATTACKED_SHAPES)
 def test_the_attack_of_every_task_can_be_built(task):
-    from lmms_smoothguard.harness.lmms_eval.options import Options
+    from lmms_smoothguard.harness.options import Options
 
     skip_unless_offered(task)
     attack = Options(None, {}, Path(), 1).attack_on({"attack": attack_of(task)})
@@ -135,7 +135,7 @@ def test_an_answer_is_right_when_two_people_of_ten_gave_it(people, right):
 
 
 def test_changed_answers_are_counted_without_those_left_out():
-    from lmms_smoothguard.harness.lmms_eval import scoring
+    from lmms_smoothguard.harness import scoring
 
     docs = [{"question_id": str(n), "of": "changed"} for n in range(4)]
     for doc, clean in zip(docs, ("A cat.", "A dog.", "A hen.", ""), strict=True):

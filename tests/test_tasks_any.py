@@ -18,8 +18,8 @@ from lmms_smoothguard.attacks.settings import AttackSettings
 from lmms_smoothguard.errors import AttackError, ConfigError, SmoothGuardError
 from lmms_smoothguard.harness.lmms_eval import attacking, judging, planning, reporting
 from lmms_smoothguard.harness.lmms_eval.finishing import Finished, Finisher
-from lmms_smoothguard.harness.lmms_eval.options import Options, TaskAttack
-from lmms_smoothguard.harness.lmms_eval.reporting import Outcome
+from lmms_smoothguard.harness.options import Options, TaskAttack
+from lmms_smoothguard.harness.summary import RESULTS, Outcome, summarise
 
 PICTURE = Image.new("RGB", (8, 8))
 PGD = AttackSettings().to_dict()
@@ -251,7 +251,7 @@ def test_filters_that_do_not_agree_are_refused_where_scores_hang_on_the_clean_an
 
 def test_a_summary_by_hand():
     aimed = PGD | {"target": "A red"}
-    found = reporting.summarise([
+    found = summarise([
         Outcome("A cat.", "a cat", aimed, "A red"),
         Outcome("A dog.", "Oh, a red hen", aimed, "A red"),
         Outcome("A red ox.", "a red ox", aimed, "A red"),
@@ -273,12 +273,12 @@ def test_a_target_is_looked_for_in_what_the_model_said():
     """A filter leaves the letter of a choice alone; reasoning is not said."""
     info = {"attack": PGD | {"target": "sure"}}
     found = reporting.outcome_of(info, Finished("It is A.", "A"), Finished("Sure, B.", "B"))
-    summary = reporting.summarise([found])
+    summary = summarise([found])
     assert (summary.changed.hits, summary.said.hits, summary.said_clean.hits) == (1, 1, 0)
 
 
 def test_nothing_attacked_is_no_rate():
-    found = reporting.summarise([Outcome("", "x", None, None, "no image")])
+    found = summarise([Outcome("", "x", None, None, "no image")])
     assert found.metrics()["answer_changed"] != found.metrics()["answer_changed"]  # NaN
     assert found.attacked == found.changed.count == 0
 
@@ -291,7 +291,7 @@ def test_rates_go_to_tasks_that_report_no_attack_themselves():
     assert "answer_changed,none" not in results["results"]["ours"]
     assert results["results"]["ours"]["target_said,none"] == 1.0
     assert results["results"]["ours"]["attack_left_out,none"] == 0
-    assert set(results[reporting.RESULTS]) == {"plain", "ours"}
+    assert set(results[RESULTS]) == {"plain", "ours"}
     reporting.add(None, outcomes)  # all processes but the first
 
 

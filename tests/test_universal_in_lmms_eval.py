@@ -17,7 +17,7 @@ from PIL import Image
 from lmms_smoothguard.attacks.universal_crafter import UniversalCrafter
 from lmms_smoothguard.errors import AttackError
 from lmms_smoothguard.harness.lmms_eval import instances, universal
-from lmms_smoothguard.harness.lmms_eval.options import Options
+from lmms_smoothguard.harness.options import Options
 from lmms_smoothguard.tiny import language
 from lmms_smoothguard.tiny.model import MODEL_DIR
 

@@ -26,7 +26,7 @@ from lmms_smoothguard.subject import Subject
 from lmms_smoothguard.tiny.model import MODEL_DIR
 
 pytest.importorskip("lmms_eval")
-from lmms_smoothguard.harness.lmms_eval.options import explain_leftover, take_options
+from lmms_smoothguard.harness.options import explain_leftover, take_options
 from lmms_smoothguard.report.logs import run_of_logs
 
 POPE = str(Path(__file__).parent.parent / "tasks/shapes/data/pope.parquet")

@@ -1,13 +1,16 @@
-"""What the wrapper learnt of a sample and its scoring needs: lmms-eval hands scorers the document and the answer alone.
+"""What the wrapper learnt of a sample and its scoring needs: harnesses hand scorers the document and the answer alone.
 
-Entries are kept under (task, the document's own scalar fields). A scorer is not told its task's name, but lmms-eval says
-which task it is scoring: so one scoring function serves any number of tasks, those that others derive from ours too.
+Entries are kept under (task, the document's own scalar fields). A scorer is not told its task's name, but it is known which
+task is being scored: so one scoring function serves any number of tasks, those that others derive from ours too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +27,7 @@ class Note:
 
 _notes: dict[str, dict[str, Note]] = {}
 """Document -> task -> note."""
+_scored: ContextVar[str | None] = ContextVar("scored", default=None)
 
 
 def place(doc: Mapping[str, Any]) -> str:
@@ -51,7 +55,7 @@ def look_up(doc: Mapping[str, Any], task: str | None = None) -> Note:
     task = task or _task_being_scored()
     if task is not None and task in notes:
         return notes[task]
-    if task is None and len(set(notes.values())) == 1:  # called by hand, outside lmms-eval's scoring
+    if task is None and len(set(notes.values())) == 1:  # called by hand, outside a harness
         return next(iter(notes.values()))
     raise SmoothGuardError(
         f"sample {doc.get('question_id', '?')!r} of {task or 'an unnamed task'} has no record of an attack: its answer did "
@@ -60,9 +64,19 @@ def look_up(doc: Mapping[str, Any], task: str | None = None) -> Note:
     )
 
 
-def _task_being_scored() -> str | None:
-    """Set by lmms-eval around a task's scoring, for the bills of its LLM judges; it has no public reader."""
-    from lmms_eval.models.model_utils import usage_metrics
+@contextlib.contextmanager
+def scoring(task: str) -> Iterator[None]:
+    """Says which task is being scored inside, for a harness that does not."""
+    token = _scored.set(task)
+    try:
+        yield
+    finally:
+        _scored.reset(token)
 
-    name = getattr(usage_metrics, "_CURRENT_TASK_CONTEXT", None)
+
+def _task_being_scored() -> str | None:
+    """What lm-eval is scoring, or lmms-eval: set there around a task's scoring, for the bills of its LLM judges; it has no
+    public reader."""
+    usage_metrics = sys.modules.get("lmms_eval.models.model_utils.usage_metrics")
+    name = _scored.get() or getattr(usage_metrics, "_CURRENT_TASK_CONTEXT", None)
     return name if isinstance(name, str) else None

@@ -62,8 +62,10 @@ def _answer(
     # Every tensor, since any may change the answer: a grid's shape, an image's own size, a mask over padding.
     tensors = {f"tensor {name}": _array(value) for name, value in _tensors(kwargs)}
     settings = {k: repr(v) for k, v in kwargs.items() if not isinstance(v, torch.Tensor)}
-    key = content_key(kind="clean answer", model=fingerprint, settings=settings, **tensors)
-    stored = cache.get_answer(key)
+    # What tells of itself by its address (criteria that stop at a word) is no key that another run would find.
+    told = not any(" at 0x" in text for text in settings.values())
+    key = content_key(kind="clean answer", model=fingerprint, settings=settings, **tensors) if told else None
+    stored = cache.get_answer(key) if key is not None else None
     if stored is not None:
         tokens = [int(token) for token in stored.split()]
         output = torch.cat([ids, torch.tensor([tokens], dtype=ids.dtype, device=ids.device)], dim=1)
@@ -72,7 +74,8 @@ def _answer(
         if not isinstance(output, torch.Tensor) or not torch.equal(output[:, : ids.shape[1]], ids):
             raise AttackError(f"{type(model).__name__}.generate does not return prompt and answer in one tensor")
         tokens = output[0, ids.shape[1] :].tolist()
-        cache.put_answer(key, " ".join(map(str, tokens)))
+        if key is not None:
+            cache.put_answer(key, " ".join(map(str, tokens)))
     ends = model.generation_config.eos_token_id
     stop = {*(ends if isinstance(ends, list) else [ends]), kwargs.get("eos_token_id")}
     cut = next((index for index, token in enumerate(tokens) if token in stop), len(tokens))

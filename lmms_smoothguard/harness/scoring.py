@@ -14,7 +14,7 @@ from typing import Any
 from lmms_smoothguard.aggregation.verdict import normalize_answer
 from lmms_smoothguard.evaluation.answers import same_answer
 from lmms_smoothguard.evaluation.rates import Rate, attack_success_rate, rate, recovery
-from lmms_smoothguard.harness.lmms_eval import ledger
+from lmms_smoothguard.harness import ledger
 
 ATTACK_METRICS = ("asr", "asr_low", "asr_high", "asr_count", "recovery")
 CHANGE_METRICS = ("answer_changed", "answer_changed_low", "answer_changed_high", "answer_changed_count")

@@ -19,8 +19,8 @@ from lmms_smoothguard.evaluation.samples import SampleRecord, sha256_of
 from lmms_smoothguard.evaluation.summaries import figures_of
 from lmms_smoothguard.evaluation.titles import attack_access
 from lmms_smoothguard.harness.lmms_eval.discovery import tasks_path
-from lmms_smoothguard.harness.lmms_eval.options import Options, take_options
-from lmms_smoothguard.harness.lmms_eval.reporting import TOWER
+from lmms_smoothguard.harness.options import Options, take_options
+from lmms_smoothguard.harness.summary import TOWER
 from lmms_smoothguard.report.documents import is_embedded, scenes_of
 from lmms_smoothguard.tiny.model import MODEL_DIR
 

@@ -13,8 +13,8 @@ from lmms_eval.tasks.coco_cap import utils as upstream
 from lmms_eval.tasks.coco_cap.utils import coco_doc_to_visual
 from loguru import logger
 
-from lmms_smoothguard.harness.lmms_eval.scoring import *
-from lmms_smoothguard.harness.lmms_eval.scoring import change_scores, clean_answer
+from lmms_smoothguard.harness.scoring import *
+from lmms_smoothguard.harness.scoring import change_scores, clean_answer
 
 CLEAN = ("coco_Bleu_4", "coco_METEOR", "coco_CIDEr")
 

@@ -5,9 +5,9 @@ and on the undefended clean ones (`clean_gpt_eval_llava_all`), two calls a quest
 `judge_failed` and in no score: upstream would average its placeholder (-1 for both sides, 100 in all if every one fails).
 """
 
-from lmms_smoothguard.harness.lmms_eval.scoring import *
-from lmms_smoothguard.harness.lmms_eval.scoring import change_scores, clean_answer
 from lmms_smoothguard.harness.lmms_eval.upstream import task_module
+from lmms_smoothguard.harness.scoring import *
+from lmms_smoothguard.harness.scoring import change_scores, clean_answer
 
 upstream = task_module("llava-in-the-wild")
 llava_doc_to_text, llava_doc_to_visual = upstream.llava_doc_to_text, upstream.llava_doc_to_visual

@@ -4,8 +4,8 @@ from lmms_eval.tasks.pope.utils import *
 
 from lmms_smoothguard.harness.lmms_eval.pope import pope_asr, pope_attacked_scores
 from lmms_smoothguard.harness.lmms_eval.safety import attacked_safety_scores, metric_list, safety_scores
-from lmms_smoothguard.harness.lmms_eval.scoring import *
-from lmms_smoothguard.harness.lmms_eval.scoring import attack_scores, caption_scores, same_answer
+from lmms_smoothguard.harness.scoring import *
+from lmms_smoothguard.harness.scoring import attack_scores, caption_scores, same_answer
 
 SAFETY_METRICS = metric_list(kinds=True)
 ATTACKED_SAFETY_METRICS = metric_list(attacked=True)

@@ -9,8 +9,8 @@ import copy
 from lmms_eval.tasks.textvqa.utils import textvqa_doc_to_text, textvqa_doc_to_visual, textvqa_process_results
 from lmms_eval.tasks.vqav2.utils import vqav2_doc_to_text, vqav2_doc_to_visual, vqav2_process_results
 
-from lmms_smoothguard.harness.lmms_eval.scoring import *
-from lmms_smoothguard.harness.lmms_eval.scoring import attack_scores, clean_answer
+from lmms_smoothguard.harness.scoring import *
+from lmms_smoothguard.harness.scoring import attack_scores, clean_answer
 
 RIGHT = 0.5
 

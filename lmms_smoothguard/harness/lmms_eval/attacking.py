@@ -20,12 +20,14 @@ from lmms_smoothguard.attacks.craft import Job
 from lmms_smoothguard.attacks.goals import goal
 from lmms_smoothguard.attacks.universal_crafter import UniversalCrafter
 from lmms_smoothguard.errors import AttackError
-from lmms_smoothguard.harness.lmms_eval import ledger, universal
+from lmms_smoothguard.harness import ledger
+from lmms_smoothguard.harness.lmms_eval import universal
 from lmms_smoothguard.harness.lmms_eval.finishing import Finished, Finisher
 from lmms_smoothguard.harness.lmms_eval.instances import document_of, with_images
-from lmms_smoothguard.harness.lmms_eval.options import Options
-from lmms_smoothguard.harness.lmms_eval.planning import NO_ANSWER, NO_IMAGE, Plan, plan
-from lmms_smoothguard.harness.lmms_eval.recording import PlainPass, recorded
+from lmms_smoothguard.harness.lmms_eval.planning import Plan, plan
+from lmms_smoothguard.harness.options import Options
+from lmms_smoothguard.harness.recording import PlainPass, recorded
+from lmms_smoothguard.harness.summary import NO_ANSWER, NO_IMAGE
 
 INFO = "_smoothguard"
 """The key of a request's metadata under which the samples log's fields about its attack travel."""

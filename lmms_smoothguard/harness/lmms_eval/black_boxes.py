@@ -23,8 +23,8 @@ from lmms_smoothguard.defenses.stopping import fewest_more, stop_rule
 from lmms_smoothguard.errors import ConfigError, UndefendableError
 from lmms_smoothguard.harness.lmms_eval import judging
 from lmms_smoothguard.harness.lmms_eval.instances import count_media, images_of, with_images
-from lmms_smoothguard.harness.lmms_eval.options import explain_leftover, take_options
 from lmms_smoothguard.harness.lmms_eval.wrappers import SampleCounts, SmoothGuardMixin, parameters_of
+from lmms_smoothguard.harness.options import explain_leftover, take_options
 from lmms_smoothguard.noise import fresh_seed
 
 log = logging.getLogger(__name__)

@@ -13,15 +13,13 @@ from PIL import Image
 
 from lmms_smoothguard.aggregation.verdict import normalize_answer
 from lmms_smoothguard.errors import AttackError, did_you_mean
-from lmms_smoothguard.harness.lmms_eval import ledger, sharding
+from lmms_smoothguard.harness import ledger
+from lmms_smoothguard.harness.lmms_eval import sharding
 from lmms_smoothguard.harness.lmms_eval.finishing import PADDING
 from lmms_smoothguard.harness.lmms_eval.instances import document_of, has_media, images_of, reading
-from lmms_smoothguard.harness.lmms_eval.options import Options, TaskAttack
+from lmms_smoothguard.harness.options import Options, TaskAttack
 
 log = logging.getLogger(__name__)
-
-NO_IMAGE, NO_ANSWER = "no image", "empty clean answer"
-"""Why a sample of an attacked run is left as it is, and out of every rate under attack."""
 
 
 @dataclass(frozen=True)

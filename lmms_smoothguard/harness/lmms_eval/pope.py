@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lmms_smoothguard.evaluation.pope import yes_or_no
-from lmms_smoothguard.harness.lmms_eval import scoring
+from lmms_smoothguard.harness import scoring
 
 
 def pope_attacked_scores(doc: Any, answer: str) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lmms_smoothguard.harness.lmms_eval import judging, ledger
+from lmms_smoothguard.harness import ledger
+from lmms_smoothguard.harness.lmms_eval import judging
 from lmms_smoothguard.harness.lmms_eval.safety_rates import (
     SURE,
     Outcomes,
@@ -33,7 +34,7 @@ from lmms_smoothguard.harness.lmms_eval.safety_rates import (
     unsafe_rate_high,
     unsafe_rate_low,
 )
-from lmms_smoothguard.harness.lmms_eval.scoring import recovered
+from lmms_smoothguard.harness.scoring import recovered
 from lmms_smoothguard.judges import Judgement, Verdict
 from lmms_smoothguard.judges.agreement import Agreement, agreement
 from lmms_smoothguard.judges.loading import MOST_JUDGES

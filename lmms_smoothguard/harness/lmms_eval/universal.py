@@ -29,9 +29,9 @@ from lmms_smoothguard.harness.lmms_eval.instances import (
     with_images,
     with_picture_added,
 )
-from lmms_smoothguard.harness.lmms_eval.options import Options
 from lmms_smoothguard.harness.lmms_eval.planning import Plan, refuse_duplicates
-from lmms_smoothguard.harness.lmms_eval.recording import PlainPass, recorded
+from lmms_smoothguard.harness.options import Options
+from lmms_smoothguard.harness.recording import PlainPass, recorded
 
 log = logging.getLogger(__name__)
 NAME = "universal"

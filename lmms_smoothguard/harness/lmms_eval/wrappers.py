@@ -29,7 +29,8 @@ from lmms_smoothguard.harness.lmms_eval.attacking import CLEAN, INFO, attacked_r
 from lmms_smoothguard.harness.lmms_eval.bases import BLACK_BOXES
 from lmms_smoothguard.harness.lmms_eval.finishing import PADDING, Finished, Finisher
 from lmms_smoothguard.harness.lmms_eval.instances import has_media
-from lmms_smoothguard.harness.lmms_eval.options import Options, explain_leftover, take_options
+from lmms_smoothguard.harness.options import Options, explain_leftover, take_options
+from lmms_smoothguard.harness.summary import vote_of
 from lmms_smoothguard.reproducible import reproducible_sums
 
 
@@ -168,7 +169,7 @@ class SmoothGuardMixin:
                     f"{type(self).__name__} answered {request.task_name}[{request.doc_id}] without a defended generate(); "
                     "this wrapper bypasses it, so its answers would be undefended"
                 )
-            info |= _summary(seen)
+            info |= vote_of(seen)
         return GenerationResult(text=text, token_counts=SampleCounts(info, counts))
 
     def _sg_base(self, request: Instance) -> tuple[str, TokenCounts | None, hf_integration.Observation]:
@@ -183,24 +184,6 @@ class SmoothGuardMixin:
             raise RuntimeError(f"{type(self).__name__} gave no answer to {request.task_name}[{request.doc_id}]")
         text, counts = unwrap_generation_output(results[0])
         return text, counts, seen
-
-
-def _summary(seen: hf_integration.Observation) -> dict[str, Any]:
-    """What the samples log says of an answer: whether it was defended (text alone is not), and the vote if there was one."""
-    verdicts = [verdict for call in seen.verdicts for verdict in call]
-    if not verdicts:
-        return {"defended": seen.defended > 0}
-    last = verdicts[-1]
-    return {
-        "defended": True,
-        "agreement": last.agreement,
-        "suspicion": last.suspicion,
-        "suspected": last.suspected,
-        "num_samples_used": last.num_samples_used,
-        "candidates": list(last.texts if last.texts is not None else map(str, last.candidates)),
-        "labels": list(last.labels),
-        "warnings": list(last.warnings),
-    }
 
 
 # -- the wrapper underneath --------------------------------------------------------------------------------------------
