@@ -8,7 +8,7 @@ PARITY := .venv-parity
 SHARED_OUT := -n auto --maxprocesses 8 --dist loadfile
 EXTRAS := lmms-eval,lm-eval,embedders,report,training,attack,booster,proxy,dev
 
-.PHONY: demo test test-slow lint results smoothing bench parity testsets clean
+.PHONY: demo test test-slow lint coverage results smoothing bench parity testsets clean
 
 demo: $(INSTALLED)
 	$(BIN)/smoothguard demo
@@ -52,6 +52,10 @@ parity: $(PARITY)/.installed $(INSTALLED)
 	$(PARITY)/bin/python -m pytest -q tests/test_parity.py
 	$(PARITY)/bin/python benchmarks/parity.py
 	$(BIN)/python benchmarks/readme_tables.py
+
+# What becomes of every multimodal type of the transformers at hand: docs/coverage.md, 20 minutes on two cores.
+coverage: $(INSTALLED)
+	$(BIN)/python benchmarks/coverage.py
 
 testsets: $(INSTALLED)
 	$(BIN)/python -m lmms_smoothguard.tiny.testsets tasks/shapes/data

@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 # Not `from transformers import ...`: this runs right after generation.utils was imported, when the rest may be half done.
@@ -21,7 +22,7 @@ from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.utils import GenerationMixin
 
 import hf_integration
-from lmms_smoothguard import plugins
+from lmms_smoothguard import late_import, plugins
 from lmms_smoothguard.choice import Choice, choose
 from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.defenses.request import Defended, Request, SmoothGuardOutput
@@ -39,6 +40,7 @@ _thread = threading.local()
 _originals: list[tuple[type, str, Any]] = []  # (class, attribute, what stood there); _UNSET: nothing did
 _attached: weakref.WeakKeyDictionary[Any, tuple[Any, Any]] = weakref.WeakKeyDictionary()
 _forced: Choice | None = None
+_waiting: object | None = None  # for the module of all models, where it is not imported yet
 
 
 # -- what a model's processor is, and who watches --------------------------------------------------------------------
@@ -163,6 +165,10 @@ def _configured(model: Any, generation_config: Any) -> Any:
 
 def _bind(signature: inspect.Signature, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a call by name, the unnamed main input under the model's own name for it."""
+    if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in signature.parameters.values()):
+        signature = inspect.signature(
+            GenerationMixin.generate
+        )  # to which a `generate(self, *args, **kwargs)` hands them on
     names = [name for name in signature.parameters if name != "self"]
     bound = {**dict(zip(names, args, strict=False)), **kwargs}
     main = bound.pop("inputs", None) if "inputs" in names else None
@@ -321,6 +327,54 @@ def _wrap_own_generate(owner: type) -> None:
         _replace(owner, "generate", _wrapped(own))
 
 
+def _standing_apart(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A `generate` that is not GenerationMixin's, such as one by diffusion: no request of it can be defended."""
+
+    @functools.wraps(original)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = kwargs.pop("smoothguard", None)
+        configured = _configured(self, kwargs.get("generation_config"))
+        if _forced is not None or choose(asked, choose(configured)) is not None:
+            raise UndefendableError(
+                f"{type(self).__name__} generates in a way of its own, which is not defended; expected a model with transformers' "
+                "GenerationMixin. Pass smoothguard=False to run this request undefended."
+            )
+        return original(self, *args, **kwargs)
+
+    generate.__smoothguard_original__ = original  # type: ignore[attr-defined]
+    return generate
+
+
+def _guard(cls: type) -> None:
+    """Refuses in the place of a model class whose `generate` the override does not reach."""
+    owner = next((base for base in cls.__mro__ if "generate" in base.__dict__), None)
+    if owner is None or issubclass(cls, GenerationMixin):
+        return
+    own = owner.__dict__["generate"]
+    if inspect.isfunction(own) and not hasattr(own, "__smoothguard_original__"):
+        _replace(owner, "generate", _standing_apart(own))
+
+
+def _guard_all(modeling_utils: ModuleType) -> None:
+    """Every model class, those there are and those to come."""
+    base = modeling_utils.PreTrainedModel
+    pending = [base]
+    while pending:
+        cls = pending.pop()
+        _guard(cls)
+        pending.extend(cls.__subclasses__())
+    # Anew every time: GenerationMixin's comes after it where a class has both.
+    made = base.__init_subclass__.__func__
+
+    def __init_subclass__(cls: type, **kwargs: Any) -> None:
+        made(cls, **kwargs)
+        with _lock:
+            if _originals:
+                _guard(cls)
+
+    _replace(base, "__init_subclass__", classmethod(__init_subclass__))
+
+
 def install() -> None:
     """Puts the override in place; a second call changes nothing."""
     with _lock:
@@ -349,6 +403,8 @@ def install() -> None:
                     _wrap_own_generate(cls)
 
         _replace(GenerationMixin, "__init_subclass__", classmethod(__init_subclass__))
+        global _waiting
+        _waiting = late_import.when_imported("transformers.modeling_utils", _guard_all)
 
 
 def installed() -> bool:
@@ -358,7 +414,10 @@ def installed() -> bool:
 
 def uninstall() -> None:
     """Puts back what stood there before, in reverse order."""
+    global _waiting
     with _lock:
+        late_import.cancel(_waiting)
+        _waiting = None
         while _originals:
             owner, name, original = _originals.pop()
             if original is _UNSET:

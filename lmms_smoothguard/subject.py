@@ -21,6 +21,7 @@ from lmms_smoothguard.choice import Choice
 from lmms_smoothguard.encoders import TowerProvenance, check_tower, load_vision_tower
 from lmms_smoothguard.errors import ConfigError, did_you_mean
 from lmms_smoothguard.evaluation.questions import Question
+from lmms_smoothguard.inputs.fitting import is_encoder_decoder
 from lmms_smoothguard.reproducible import reproducible_sums
 from lmms_smoothguard.tiny import place
 
@@ -150,6 +151,8 @@ class Subject:
         prompt = inputs["input_ids"][0].tolist()
         # Encoder-decoders and a few wrappers around language models give the answer alone.
         answer = ids[len(prompt) :] if ids[: len(prompt)] == prompt else ids
+        if is_encoder_decoder(self.model.config):
+            answer = answer[1:]  # the decoder's start, which may be the end token too
         ends = self.model.generation_config.eos_token_id
         stop = set(ends if isinstance(ends, list) else [ends])
         return tuple(answer[: next((n for n, token in enumerate(answer) if token in stop), len(answer))])

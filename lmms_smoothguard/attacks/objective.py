@@ -192,6 +192,10 @@ _ANSWER_TYPES = {"paligemma": 1}
 makes up for: without one, answers would be seen before they are said."""
 
 
+_LEFT_SHORT = {"moe_mm_token_type_ids", "image_embeds_position_mask"}
+"""Where in the prompt there are pictures, which `generate` does not lengthen: Ernie's and Kosmos-2's."""
+
+
 def lengthened(model: Any, prompt: Mapping[str, Any], answer: Sequence[int]) -> dict[str, torch.Tensor]:
     """A prompt's tensors (batch size 1) after an answer, as the model's own `generate` lengthens them.
 
@@ -207,6 +211,8 @@ def lengthened(model: Any, prompt: Mapping[str, Any], answer: Sequence[int]) -> 
     for _ in answer:
         grown = model._update_model_kwargs_for_generation(ModelOutput(), grown, is_encoder_decoder=False)
     grown.pop("cache_position", None)
+    for name in _LEFT_SHORT & set(grown):
+        grown[name] = torch.nn.functional.pad(grown[name], (0, len(answer)))
     if model.config.model_type in _ANSWER_TYPES and "token_type_ids" in grown:
         grown["token_type_ids"][:, ids.shape[1] :] = _ANSWER_TYPES[model.config.model_type]
     tail = torch.tensor([list(answer)], dtype=ids.dtype, device=ids.device)

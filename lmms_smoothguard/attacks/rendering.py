@@ -48,6 +48,11 @@ class Renderer:
                 f"{type(self._processor).__name__} takes no float tensors ({error}), so no gradient reaches the pixels; "
                 "expected a torchvision-backed image processor (install torchvision, use_fast=True)"
             ) from error
+        if not isinstance(batch, Mapping):
+            raise AttackError(
+                f"{type(self._processor).__name__} gives a bare {type(batch).__name__}; expected tensors by their names. Attacks "
+                "through it are not supported."
+            )
         return {
             key: value.to(self._device, self._dtype if value.is_floating_point() else None)
             for key, value in batch.items()
@@ -57,15 +62,23 @@ class Renderer:
     def check(self, clean: Pictures, captured: Mapping[str, Any], key: str) -> list[float]:
         """Each request's mean difference between the clean pictures rendered here and what the ordinary path made of
         them, in normalised units. Raises AttackError where they are not the same picture."""
+        if key not in captured:
+            raise AttackError(
+                f"the request has no {key} (it has {', '.join(captured)}), which is what is attacked; expected a model that takes "
+                "its pictures so"
+            )
         expected = captured[key].float()
         self._wanted = frozenset(captured)  # processors keep counts of tiles and crops to themselves
         problem = ""
         for nested in (False, True):
             self._nested = nested
             try:
-                rendered = self(clean)[key]
+                rendered = self(clean).get(key)
             except AttackError as error:
                 problem = problem or str(error)
+                continue
+            if rendered is None:
+                problem = "the image processor makes no tensor of that name of its own"
                 continue
             if rendered.shape != expected.shape:
                 problem = f"shape {tuple(rendered.shape)} instead of {tuple(expected.shape)}"

@@ -52,7 +52,10 @@ def all_known(tokenizer: Any, answers: Iterable[Sequence[int]]) -> bool:
 
 
 def _tokenizer_misfit(model: Any, tokenizer: Any) -> str | None:
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # every model has the method; some parts do not fill it in
+        return None
     known = getattr(embeddings, "num_embeddings", None)
     if known is None or not hasattr(tokenizer, "__len__") or len(tokenizer) <= known:
         return None

@@ -64,24 +64,51 @@ class ChannelsFirst:
 
 
 class PackedPatches:
-    """(patches, channels * frames * patch * patch), images one after the other: Qwen-VL and kin.
+    """(patches, values of a patch), images one after the other: Qwen-VL and kin; or, where a mask tells which patches are no
+    padding, (images, patches, values): Gemma 4, LFM2-VL.
 
     A still is repeated `frames` times; its repetitions share one draw, or the noise of a still would be averaged away.
     """
 
-    def __init__(self, channels: int, frames: int, merge: int) -> None:
+    def __init__(
+        self, channels: int, frames: int, merge: int, order: str = "CTA", mask: torch.Tensor | None = None
+    ) -> None:
+        """`order`: how a patch's values lie, slowest first, of its (C)hannels, (T) frames and (A)rea; `mask`: (images, patches),
+        true where there is a picture; `merge`: patches a side that become one token."""
         self._channels, self._frames, self._merge = channels, frames, merge
+        self._order = order if "T" in order else f"T{order}"  # one frame, wherever it stands
+        self._mask = None if mask is None else mask.bool()
+
+    def _patch(self, image: torch.Tensor) -> tuple[torch.Size, int]:
+        """The shape of one patch, and its area."""
+        shape = image.shape[1 if self._mask is None else 2 :]
+        return shape, shape.numel() // (self._channels * self._frames)
+
+    def _laid(self, values: torch.Tensor) -> torch.Tensor:
+        """(..., channels, frames, area) in the order of a patch."""
+        first = values.ndim - 3
+        return values.permute(*range(first), *(first + "CTA".index(axis) for axis in self._order))
 
     def unpadded(self, image: torch.Tensor, where: slice) -> list[torch.Tensor]:
-        return [image]
+        return [image if self._mask is None else image[self._mask[where].to(image.device)]]
 
     def standard_noise(self, image: torch.Tensor, where: slice, generator: torch.Generator) -> torch.Tensor:
-        area = image.shape[1] // (self._channels * self._frames)
-        once = torch.randn(image.shape[0], self._channels, 1, area, generator=generator)
-        return once.expand(-1, -1, self._frames, -1).reshape(image.shape)
+        shape, area = self._patch(image)
+        inside = None if self._mask is None else self._mask[where].cpu()
+        count = image.shape[0] if inside is None else int(inside.sum())
+        once = torch.randn(count, self._channels, 1, area, generator=generator)
+        noise = self._laid(once.expand(-1, -1, self._frames, -1)).reshape(count, *shape)
+        if inside is None:
+            return noise
+        padded = torch.zeros(image.shape, dtype=torch.float32)
+        padded[inside] = noise
+        return padded
 
     def per_channel(self, values: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-        return values.repeat_interleave(image.shape[1] // self._channels)
+        shape, area = self._patch(image)
+        each = values.expand(self._channels).view(-1, 1, 1).expand(-1, self._frames, area)
+        return self._laid(each).reshape(shape)
 
     def tokens(self, where: slice, total: int, images: int) -> int:
-        return (where.stop - where.start) // self._merge**2
+        patches = where.stop - where.start if self._mask is None else int(self._mask[where].sum())
+        return patches // self._merge**2

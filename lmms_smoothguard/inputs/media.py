@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
+from math import isqrt
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,10 +15,12 @@ from lmms_smoothguard.errors import UndefendableError
 from lmms_smoothguard.inputs.fitting import channels_of
 from lmms_smoothguard.inputs.layouts import ChannelsFirst, Layout, PackedPatches
 
-IMAGE_KEYS = ("pixel_values",)
+IMAGE_KEYS = ("pixel_values", "pixel_values_images", "image_pixel_values")
 AUDIO_KEYS = (
     "input_features", "input_values", "audio_values", "audio_input_features", "audio_features", "input_audio_embeds",
 )  # fmt: skip
+TOKEN_KEYS = ("protein_input_ids",)
+"""Inputs beside the prompt that are integers: there is nothing to add noise to."""
 VIDEO_KEYS = ("pixel_values_videos", "video_values", "video_pixel_values")
 _ENCODED_KEYS = ("mm_encoder_outputs", "encoder_outputs")  # whatever they hold, the pixels are gone
 # Float tensors that carry no media: masks and positions.
@@ -26,6 +30,36 @@ _PLAIN_KEYS = frozenset({
     "aspect_ratio_mask", "spatial_shapes", "image_attention_mask", "image_num_patches", "batch_num_images",
 })  # fmt: skip
 _COMPANIONS = ("pixel_attention_mask", "image_sizes", "aspect_ratio_ids", "aspect_ratio_mask")  # as long as the pixels
+
+
+class _Packing(NamedTuple):
+    """How a model type packs patches, where their shape does not tell: `order` as of `PackedPatches`; `lengths`: what tells how
+    many a picture has; `frames`: the vision config's name for a still's repetitions; `mask`: the input that tells padding."""
+
+    order: str
+    lengths: str = "image_grid_thw"
+    frames: str | None = None
+    mask: str | None = None
+
+
+_VIDEO_TYPES = frozenset({"instructblipvideo"})  # that call it pixel_values
+_PACKINGS = {
+    "cosmos3_edge": _Packing("AC"),
+    "dots3_note": _Packing("CA"),
+    "ernie4_5_vl_moe": _Packing("CA"),
+    "fuyu": _Packing("AC", "tokens of a row"),
+    "gemma4": _Packing("AC", mask="image_position_ids"),
+    "gemma4_unified": _Packing("AC", mask="image_position_ids"),
+    "inkling_mm_model": _Packing("TAC", "runs of tokens", "temporal_patch_size"),
+    "inkling2": _Packing("AC"),
+    "kimi_k25": _Packing("CA"),
+    "lfm2_vl": _Packing("AC", mask="pixel_attention_mask"),
+    "muse_glimmer": _Packing("TCA", frames="patch_temporal"),
+    "muse_spark": _Packing("TCA", frames="patch_temporal"),
+    "nemotron_h_omni": _Packing("CA", "image_grid_hw"),
+    "paddleocr_vl": _Packing("CA"),
+    "video_llama_3": _Packing("CA"),
+}
 
 
 class Images(NamedTuple):
@@ -57,6 +91,12 @@ def find_images(inputs: Mapping[str, Any], config: Any) -> Images | None:
         if inputs.get(key) is not None:
             raise UndefendableError(
                 f"{key} is video, which is not supported yet; pass smoothguard=False to run this request undefended."
+            )
+    for key in TOKEN_KEYS:
+        if inputs.get(key) is not None:
+            raise UndefendableError(
+                f"{key} is made of tokens, to which no noise can be added; expected pixels. Pass smoothguard=False to run this "
+                "request undefended."
             )
     found = [key for key in IMAGE_KEYS if inputs.get(key) is not None]
     for key, value in inputs.items():
@@ -91,8 +131,8 @@ def find_images(inputs: Mapping[str, Any], config: Any) -> Images | None:
             f"{key} holds NaN or Inf; expected finite pixels. Check the image and its preprocessing."
         )
     layout, slices = layout_of(key, values, inputs, config)
-    _check_rows(key, values, inputs, slices)
-    return Images(key, values, layout, slices, _rows(inputs, config, slices, layout))
+    _check_rows(key, values, inputs, slices, config)
+    return Images(key, values, layout, slices, _rows(inputs, config, slices, layout, values.ndim))
 
 
 def _is_continuous(value: Any) -> bool:
@@ -118,7 +158,17 @@ def layout_of(
 
     Raises UndefendableError for a layout that is not known.
     """
+    packing = _PACKINGS.get(str(getattr(config, "model_type", None)))
+    if packing is not None:
+        return _packed(key, values, inputs, config, packing)
     channels = channels_of(config)
+    if getattr(config, "model_type", None) in _VIDEO_TYPES:
+        raise UndefendableError(f"{key} of model type {config.model_type!r} is video, which is not supported yet")
+    if inputs.get("target_sizes") is not None:
+        raise UndefendableError(
+            f"{key} of shape {tuple(values.shape)} is one strip of all pictures of a request, which has no known place for "
+            "copies; pass smoothguard=False to run undefended."
+        )
     if values.ndim >= 4 and channels not in (None, values.shape[-3]):
         raise UndefendableError(
             f"{key} of shape {tuple(values.shape)} has {values.shape[-3]} channels, the model's vision tower takes "
@@ -127,7 +177,11 @@ def layout_of(
     if values.ndim >= 4:
         mask = inputs.get("pixel_attention_mask")
         vision_type = getattr(getattr(config, "vision_config", None), "model_type", None)
-        if vision_type == "pixtral" and values.ndim == 4:  # pads every image to the largest of the batch
+        if mask is not None and mask.ndim != values.ndim - 1:
+            mask = None  # of whole tiles, which are all zero where there is none
+        if values.ndim == 4 and (
+            vision_type == "pixtral" or getattr(config, "model_type", None) == "emu3"
+        ):  # pads every image to the largest of the batch
             mask = _mask_of_sizes(inputs.get("image_sizes"), values)
         return ChannelsFirst(mask), tuple(slice(i, i + 1) for i in range(values.shape[0]))
     grid, vision = inputs.get("image_grid_thw"), getattr(config, "vision_config", None)
@@ -147,7 +201,70 @@ def layout_of(
     )
 
 
-def _check_rows(key: str, values: torch.Tensor, inputs: Mapping[str, Any], slices: tuple[slice, ...]) -> None:
+def _packed(
+    key: str, values: torch.Tensor, inputs: Mapping[str, Any], config: Any, packing: _Packing
+) -> tuple[Layout, tuple[slice, ...]]:
+    """The layout of patches whose order shapes cannot tell. Raises UndefendableError where they do not fit it."""
+    vision = getattr(config, "vision_config", config)
+    channels = channels_of(config) or 3
+    frames = int(getattr(vision, packing.frames)) if packing.frames else 1
+    merge = int(getattr(vision, "spatial_merge_size", None) or getattr(vision, "merge_size", 1))
+    mask = None if packing.mask is None else inputs.get(packing.mask)
+    lengths = _lengths(values, inputs, config, packing, mask)
+    size = values.shape[1 if packing.mask is None else 2 :].numel()
+    area = size // (channels * frames)
+    if (
+        lengths is None
+        or sum(lengths) != values.shape[0]
+        or area * channels * frames != size
+        or isqrt(area) ** 2 != area
+    ):
+        needed = packing.mask or packing.lengths
+        raise UndefendableError(
+            f"{key} of shape {tuple(values.shape)} does not fit the patches of model type {config.model_type!r}, of {channels} "
+            f"channels and {frames} frames, with their {needed}; expected what its processor makes. It is refused; pass "
+            "smoothguard=False to run undefended."
+        )
+    if mask is not None and mask.ndim == 3:
+        mask = (mask >= 0).all(-1)  # positions, -1 where there is none
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    slices = tuple(slice(end - length, end) for end, length in zip(ends, lengths, strict=True))
+    return PackedPatches(channels, frames, merge, packing.order, mask), slices
+
+
+def _lengths(
+    values: torch.Tensor, inputs: Mapping[str, Any], config: Any, packing: _Packing, mask: Any
+) -> list[int] | None:
+    """How many entries of the pixels each picture has; None where what tells of it is missing."""
+    if packing.mask is not None:
+        fits = isinstance(mask, torch.Tensor) and values.ndim == 3 and mask.shape[:2] == values.shape[:2]
+        return [1] * values.shape[0] if fits else None
+    if packing.lengths.startswith("image_grid"):
+        grid = inputs.get(packing.lengths)
+        return None if grid is None else [int(length) for length in grid.prod(-1).tolist()]
+    found = _image_tokens(inputs, config)
+    if found is None:
+        return None
+    if packing.lengths == "tokens of a row":
+        return [count for count in found.sum(1).tolist() if count]
+    return [length for row in found.tolist() for length in _runs(row)]
+
+
+def _image_tokens(inputs: Mapping[str, Any], config: Any) -> torch.Tensor | None:
+    """(rows, length), true where the prompt has a picture's token."""
+    ids = inputs.get("input_ids")
+    token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+    return ids == token if isinstance(ids, torch.Tensor) and ids.ndim == 2 and token is not None else None
+
+
+def _runs(row: Sequence[bool]) -> list[int]:
+    """Lengths of the stretches of true."""
+    return [len(list(group)) for true, group in itertools.groupby(row) if true]
+
+
+def _check_rows(
+    key: str, values: torch.Tensor, inputs: Mapping[str, Any], slices: tuple[slice, ...], config: Any
+) -> None:
     """Refuses pixels that do not belong to the rows of what came with them; copies of them would slip against each other."""
     for name in _COMPANIONS:
         value = inputs.get(name)
@@ -156,11 +273,11 @@ def _check_rows(key: str, values: torch.Tensor, inputs: Mapping[str, Any], slice
                 f"{name} has {value.shape[0]} entries, {key} {values.shape[0]}; expected as many. The processor is not this "
                 "model's, or it leaves out rows without an image (Mllama's does): send such rows by themselves."
             )
-    questions = inputs.get("qformer_input_ids")
-    if isinstance(questions, torch.Tensor) and questions.shape[0] != len(slices):
+    ids = inputs.get("qformer_input_ids", inputs.get("input_ids") if hasattr(config, "num_query_tokens") else None)
+    if isinstance(ids, torch.Tensor) and ids.shape[0] != len(slices):
         raise UndefendableError(
-            f"the request has {len(slices)} images in {questions.shape[0]} rows; expected one a row, as this model's "
-            "Q-Former reads every image with its row's question"
+            f"the request has {len(slices)} images in {ids.shape[0]} rows; expected one a row, as this model's Q-Former reads "
+            "one image with each row"
         )
 
 
@@ -174,26 +291,38 @@ def _mask_of_sizes(sizes: Any, values: torch.Tensor) -> torch.Tensor | None:
     return mask
 
 
-def _rows(inputs: Mapping[str, Any], config: Any, slices: tuple[slice, ...], layout: Layout) -> tuple[int, ...] | None:
+def _rows(
+    inputs: Mapping[str, Any], config: Any, slices: tuple[slice, ...], layout: Layout, dimensions: int
+) -> tuple[int, ...] | None:
     """Which user row each image belongs to, from the image placeholders in the prompt."""
-    values = inputs["pixel_values"]
-    if values.ndim > 4 or getattr(getattr(config, "vision_config", None), "model_type", None) == "pixtral":
+    packed = isinstance(layout, PackedPatches)
+    vision_type = getattr(getattr(config, "vision_config", None), "model_type", None)
+    if not packed and (dimensions > 4 or vision_type == "pixtral"):
         return None  # an image's tokens depend on its size, so a neighbour could shift the count
     ids = inputs.get("input_ids")
-    token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
         return None
-    per_row = (ids == token).sum(1).tolist() if token is not None else [0] * len(ids)
-    total, rows = sum(per_row), []
-    if total:
-        needs = [layout.tokens(s, total, len(slices)) for s in slices]
-        row, left = 0, per_row[0]
-        for need in needs:
-            while left == 0 and row + 1 < len(per_row):
-                row, left = row + 1, per_row[row + 1]
-            if need > left:
-                return None
-            rows.append(row)
-            left -= need
-        return tuple(rows)
-    return tuple(range(len(slices))) if len(slices) == len(ids) else None
+    found = _image_tokens(inputs, config)
+    if found is None or not found.any():
+        return tuple(range(len(slices))) if len(slices) == len(ids) else None
+    per_row, total = found.sum(1).tolist(), int(found.sum())
+    by_count = _by_count([layout.tokens(s, total, len(slices)) for s in slices], per_row)
+    if by_count is not None or not packed:
+        return by_count
+    runs = [(row, length) for row, tokens in enumerate(found.tolist()) for length in _runs(tokens)]
+    return (
+        tuple(row for row, _ in runs) if len(runs) == len(slices) else None
+    )  # with tokens for ends of lines, and the like
+
+
+def _by_count(needs: Sequence[int], per_row: Sequence[int]) -> tuple[int, ...] | None:
+    """Each image's row, where the images' tokens fill every row exactly."""
+    rows, row, left = [], 0, per_row[0]
+    for need in needs:
+        while left == 0 and row + 1 < len(per_row):
+            row, left = row + 1, per_row[row + 1]
+        if need > left:
+            return None
+        rows.append(row)
+        left -= need
+    return tuple(rows) if left == 0 and not any(per_row[row + 1 :]) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -25,12 +26,17 @@ def statistics_of(image_processor: Any, source: str) -> PixelStatistics | None:
     """What an image processor does to [0, 1] pixels; None when it does not say."""
     if image_processor is None:
         return None
+    factor = getattr(image_processor, "rescale_factor", None)
+    scale = 255 * factor if isinstance(factor, int | float) and factor > 0 else 1.0
+    if getattr(image_processor, "do_rescale", True) is False or math.isclose(scale, 1):
+        scale = 1.0  # all but Chameleon's, which is 255 * 0.0078
     if getattr(image_processor, "do_normalize", True) is False:
-        return PixelStatistics(torch.tensor(0.0), torch.tensor(1.0), source)
+        return PixelStatistics(torch.tensor(0.0), torch.tensor(1 / scale), source)
     mean, std = getattr(image_processor, "image_mean", None), getattr(image_processor, "image_std", None)
     if mean is None or std is None:
         return None
-    return PixelStatistics(torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32), source)
+    mean, std = (torch.tensor(value, dtype=torch.float32) / scale for value in (mean, std))
+    return PixelStatistics(mean, std, source)
 
 
 def pixel_statistics(model: Any, image_processor: Any = None) -> PixelStatistics:

@@ -6,6 +6,7 @@ Every builder scales its weights up until the answer depends on the picture; the
 
 from __future__ import annotations
 
+from tiny_models import odd, packed, tiled
 from tiny_models.architecture import IMAGE_MEAN, IMAGE_STD, SIDE, Architecture
 from tiny_models.llavas import llava, llava_next, llava_onevision
 from tiny_models.others import gemma3, idefics3, instructblip, instructblip_t5, internvl, mllama, paligemma, smolvlm
@@ -31,4 +32,7 @@ ARCHITECTURES = {
     )
 }
 
-__all__ = ["ARCHITECTURES", "IMAGE_MEAN", "IMAGE_STD", "SIDE", "Architecture"]
+COVERED = ARCHITECTURES | {kind.name: kind for kind in (*packed.KINDS, *tiled.KINDS, *odd.KINDS)}
+"""All that the coverage table tells of, by transformers' names of the types; the tests go deeper into the ones above."""
+
+__all__ = ["ARCHITECTURES", "COVERED", "IMAGE_MEAN", "IMAGE_STD", "SIDE", "Architecture"]

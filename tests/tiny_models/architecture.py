@@ -30,7 +30,8 @@ Row = tuple[Sequence[Image.Image], str]
 @dataclass(frozen=True)
 class Architecture:
     """image: what stands for a picture in the prompt; nested: the processor takes a list of pictures a row; several: a row
-    may have several pictures; mixed: a row without pictures may stand beside rows with some."""
+    may have several pictures; mixed: a row without pictures may stand beside rows with some; ask: how rows become inputs
+    where the processor is not called the common way."""
 
     name: str
     build: Callable[[], tuple[Any, Any]]
@@ -39,9 +40,12 @@ class Architecture:
     several: bool = True
     mixed: bool = True
     template: str = "<s>USER: {images}\n{text} ASSISTANT:"
+    ask: Callable[[Any, Sequence[Row]], dict[str, Any]] | None = None
 
     def inputs(self, processor: Any, rows: Sequence[Row]) -> dict[str, Any]:
         """The ordinary path from pictures and questions to the arguments of `generate`."""
+        if self.ask is not None:
+            return self.ask(processor, rows)
         texts = [self.template.format(images=self.image * len(pictures), text=text) for pictures, text in rows]
         nested = [list(pictures) for pictures, _ in rows]
         flat = [picture for pictures in nested for picture in pictures]
