@@ -40,25 +40,29 @@ _HOMES = {
     "FeatureSmoothingConfig": "lmms_smoothguard.smoothing.config",
     "smoothed": "lmms_smoothguard.smoothing.context",
 }
-_waiting: object | None = None
+_WATCHED = (
+    "transformers.generation.utils",
+    "transformers.modeling_utils",
+)  # the second for models without the first's mixin
+_waiting: list[object] = []
 _enabled = False
 
 
 def enable() -> None:
     """Installs the override, now or as soon as transformers is imported. Calling it again changes nothing."""
-    global _enabled, _waiting
+    global _enabled
     if not _enabled:
         _enabled = True
-        _waiting = late_import.when_imported("transformers.generation.utils", _install)
+        _waiting.extend(late_import.when_imported(module, _install) for module in _WATCHED)
 
 
 def disable() -> None:
     """Takes the override out again: every class has the `generate` it had before."""
-    global _enabled, _waiting
+    global _enabled
     if _enabled:
         _enabled = False
-        late_import.cancel(_waiting)
-        _waiting = None
+        while _waiting:
+            late_import.cancel(_waiting.pop())
         override = importlib.import_module("hf_integration.override") if _loaded() else None
         if override is not None:
             override.uninstall()

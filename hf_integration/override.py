@@ -332,9 +332,7 @@ def _standing_apart(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        asked = kwargs.pop("smoothguard", None)
-        configured = _configured(self, kwargs.get("generation_config"))
-        if _forced is not None or choose(asked, choose(configured)) is not None:
+        if _choice_of(self, kwargs) is not None:  # which it takes out of them
             raise UndefendableError(
                 f"{type(self).__name__} generates in a way of its own, which is not defended; expected a model with transformers' "
                 "GenerationMixin. Pass smoothguard=False to run this request undefended."

@@ -38,11 +38,12 @@ def model(name: Annotated[str, typer.Argument(help=" or ".join(PLACES))]) -> Non
 
 
 @app.command("tasks-path")
-def tasks_path() -> None:
+def tasks_path(lm_eval: Annotated[bool, typer.Option("--lm-eval", help="Those for lm-eval.")] = False) -> None:
     """Print the directory of our lmms-eval tasks, for `--include_path`."""
+    from lmms_smoothguard.harness.lm_eval import registering
     from lmms_smoothguard.harness.lmms_eval import discovery
 
-    typer.echo(discovery.tasks_path())
+    typer.echo(registering.TASKS if lm_eval else discovery.tasks_path())
 
 
 @train_app.command("tiny-llava")

@@ -208,7 +208,9 @@ def _packed(
     vision = getattr(config, "vision_config", config)
     channels = channels_of(config) or 3
     frames = int(getattr(vision, packing.frames)) if packing.frames else 1
-    merge = int(getattr(vision, "spatial_merge_size", None) or getattr(vision, "merge_size", 1))
+    merge = next(
+        (int(getattr(vision, name)) for name in ("spatial_merge_size", "merge_size") if hasattr(vision, name)), 1
+    )
     mask = None if packing.mask is None else inputs.get(packing.mask)
     lengths = _lengths(values, inputs, config, packing, mask)
     size = values.shape[1 if packing.mask is None else 2 :].numel()

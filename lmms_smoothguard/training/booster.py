@@ -26,6 +26,7 @@ from lmms_smoothguard.fingerprint import model_fingerprint, weights_print
 from lmms_smoothguard.inputs.statistics import PixelStatistics, pixel_statistics
 from lmms_smoothguard.smoothing.towers import Tower, find_tower
 from lmms_smoothguard.training.pictures import Source, to_pixels
+from lmms_smoothguard.training.precision import autocast
 
 STAGES = ("purifier", "mapper")
 
@@ -172,7 +173,7 @@ class BoosterTrainer:
         noisy = (clean + sigma.view(-1, 1, 1, 1) * noise).clamp(0, 1)
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate()
-        with torch.autocast(self._device.type, torch.bfloat16):
+        with autocast(self._device):
             with torch.no_grad():
                 wanted = self.features(clean)
             losses = (

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from lmms_smoothguard.checkpoints import load_checkpoint, optimizer_tensors, part, restore_optimizer, save_checkpoint
 from lmms_smoothguard.errors import ConfigError
 from lmms_smoothguard.training.pictures import Source, to_pixels
+from lmms_smoothguard.training.precision import autocast
 from lmms_smoothguard.training.robust_models import Subject
 
 METHODS = ("fare", "tecoa")
@@ -128,7 +129,7 @@ class RobustTrainer:
 
     def autocast(self) -> torch.autocast:
         """The arithmetic of the training: bfloat16 where that is safe."""
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return autocast(self.device)
 
     # -- one step ------------------------------------------------------------------------------------------------
 
