@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -194,6 +195,39 @@ def test_the_whole_way_on_the_command_line(way, tmp_path):
     (samples,) = tmp_path.rglob("samples_*.jsonl")
     lines = [json.loads(line) for line in samples.read_text().splitlines()]
     assert [len(line["smoothguard"]["candidates"]) for line in lines] == [4, 4]
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(tmp_path):
+    """Unequal shares of five samples, one of them padded by lm-eval: answers, pictures, votes and rates."""
+
+    def run(name, *launcher):
+        command = [
+            sys.executable, *launcher, "-m", "lmms_smoothguard.lm_eval", "run", "--model", registering.MODEL, "--limit", "5",
+            "--model_args", f"pretrained={MODEL_DIR},sigma=0.2,noise_space=pixel,num_samples=3,attack_steps=3,"
+            f"attack_cache={tmp_path}/{name}-cache", "--apply_chat_template", "--tasks", "shapes_pope_pgd", "--log_samples",
+            "--output_path", str(tmp_path / name),
+        ]  # fmt: skip
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        (results,) = (tmp_path / name).rglob("results_*.json")
+        (samples,) = (tmp_path / name).rglob("samples_*.jsonl")
+        told = json.loads(results.read_text())
+        rows = [json.loads(line) for line in samples.read_text().splitlines()]
+        for row in rows:
+            for field in ("seconds", "attack_seconds"):
+                row["smoothguard"].pop(field)
+        return told["results"], told["smoothguard_attacks"], sorted(rows, key=lambda row: row["doc_id"])
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    two = run("two", "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port)
+    assert two == run("one")
+    assert len(two[2]) == 5
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from lmms_smoothguard.attacks.objective import answer_ids
 from lmms_smoothguard.attacks.settings import AttackSettings
 from lmms_smoothguard.choice import choose
 from lmms_smoothguard.config import SmoothGuardConfig
-from lmms_smoothguard.harness.lmms_eval import sharding
+from lmms_smoothguard.harness import sharding
 from lmms_smoothguard.harness.lmms_eval.discovery import tasks_path
 from lmms_smoothguard.inputs.media import find_images
 from lmms_smoothguard.noise import NoiseSource

@@ -6,6 +6,7 @@ batch, and what was learnt of an answer belongs to one sample beyond doubt.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import difflib
 import gc
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from lm_eval.api.instance import Instance
 from lm_eval.models.hf_vlms import HFMultimodalLM
 from lm_eval.models.huggingface import HFLM
@@ -23,6 +25,7 @@ import hf_integration
 from lmms_smoothguard.choice import check, field_names
 from lmms_smoothguard.encoders import TowerProvenance, check_tower, load_vision_tower
 from lmms_smoothguard.errors import ConfigError, UndefendableError, did_you_mean, explain
+from lmms_smoothguard.harness import sharding
 from lmms_smoothguard.harness.lm_eval.attacking import Attacked, attack, pictures_of
 from lmms_smoothguard.harness.options import Options, attack_keys, take_options
 from lmms_smoothguard.harness.summary import Outcomes, vote_of
@@ -44,6 +47,8 @@ class SmoothGuardMultimodalLM(HFMultimodalLM):
         if not torch.cuda.is_available() and str(kwargs.get("device") or "cuda").startswith("cuda"):
             kwargs["device"] = "cpu"  # upstream's default does not work there
         super().__init__(pretrained, **kwargs)
+        if sharding.sharded() and kwargs.get("tp_plan") is None:
+            self._share_out()
         hf_integration.enable()
         if self._sg_options.vision_tower is not None:
             self._sg_tower = load_vision_tower(
@@ -56,6 +61,13 @@ class SmoothGuardMultimodalLM(HFMultimodalLM):
         self.sg_metadata: Mapping[str, Mapping[str, Any]] = {}  # of the run's tasks: `reporting` hands it over
         self.sg_infos: dict[tuple[str, Any], dict[str, Any]] = {}
         self.sg_outcomes: Outcomes = {}
+
+    def _share_out(self) -> None:
+        """lm-eval shares samples out to the GPUs of one host, and to CPUs not at all: here to all processes of all hosts."""
+        if not hasattr(self, "accelerator"):
+            self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        atexit.register(sharding.take_leave)
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Crafts the attacks that are asked for, then answers every request through the defence."""

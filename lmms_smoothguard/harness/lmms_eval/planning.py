@@ -13,8 +13,7 @@ from PIL import Image
 
 from lmms_smoothguard.aggregation.verdict import normalize_answer
 from lmms_smoothguard.errors import AttackError, did_you_mean
-from lmms_smoothguard.harness import ledger
-from lmms_smoothguard.harness.lmms_eval import sharding
+from lmms_smoothguard.harness import ledger, sharding
 from lmms_smoothguard.harness.lmms_eval.finishing import PADDING
 from lmms_smoothguard.harness.lmms_eval.instances import document_of, has_media, images_of, reading
 from lmms_smoothguard.harness.options import Options, TaskAttack

@@ -17,8 +17,7 @@ from typing import Any
 
 from lmms_smoothguard.errors import AttackError, ConfigError, SmoothGuardError, explain
 from lmms_smoothguard.fingerprint import model_fingerprint
-from lmms_smoothguard.harness import ledger
-from lmms_smoothguard.harness.lmms_eval import sharding
+from lmms_smoothguard.harness import ledger, sharding
 from lmms_smoothguard.harness.lmms_eval.finishing import Finished, Finisher, tasks_of
 from lmms_smoothguard.harness.summary import TOWER, Outcome, Outcomes, put_in
 

@@ -24,7 +24,8 @@ import hf_integration
 from lmms_smoothguard.choice import check
 from lmms_smoothguard.encoders import TowerProvenance, check_tower, load_vision_tower
 from lmms_smoothguard.errors import ConfigError, UndefendableError, explain
-from lmms_smoothguard.harness.lmms_eval import judging, reporting, sharding
+from lmms_smoothguard.harness import sharding
+from lmms_smoothguard.harness.lmms_eval import judging, reporting
 from lmms_smoothguard.harness.lmms_eval.attacking import CLEAN, INFO, attacked_requests
 from lmms_smoothguard.harness.lmms_eval.bases import BLACK_BOXES
 from lmms_smoothguard.harness.lmms_eval.finishing import PADDING, Finished, Finisher

@@ -1,6 +1,6 @@
 """A run sharded over processes by torchrun or accelerate: one that fails must take the others with it.
 
-Nothing is exchanged here: every process answers, attacks and scores its own share of the samples, and lmms-eval gathers
+Nothing is exchanged here: every process answers, attacks and scores its own share of the samples, and the harness gathers
 the scores. But lmms-eval's command line prints most exceptions and exits with 0, so that the launcher waits for
 processes that wait for this one.
 """
@@ -52,10 +52,10 @@ def guard_evaluator() -> None:
 
     setattr(guarded, _MARK, True)
     evaluator.evaluate = guarded
-    atexit.register(_take_leave)
+    atexit.register(take_leave)
 
 
-def _take_leave() -> None:
+def take_leave() -> None:
     """Ends gloo's process group while Python still runs: its threads, left to the interpreter's end, may abort a process
     whose work is done (exit status 134), and the launcher then fails the whole run. lmms-eval never ends the group."""
     import torch.distributed as dist
