@@ -361,11 +361,13 @@ def _guard_all(modeling_utils: ModuleType) -> None:
         cls = pending.pop()
         _guard(cls)
         pending.extend(cls.__subclasses__())
-    # Anew every time: GenerationMixin's comes after it where a class has both.
-    made = base.__init_subclass__.__func__
+    own = base.__dict__.get("__init_subclass__")
 
     def __init_subclass__(cls: type, **kwargs: Any) -> None:
-        made(cls, **kwargs)
+        if own is None:
+            super(base, cls).__init_subclass__(**kwargs)
+        else:
+            own.__func__(cls, **kwargs)
         with _lock:
             if _originals:
                 _guard(cls)
