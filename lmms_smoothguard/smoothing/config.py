@@ -26,8 +26,8 @@ class FeatureSmoothingConfig:
     max_copies_per_batch: None = all passes at once, fewer after an out-of-memory error.
     """
 
-    num_samples: int = 32
-    sigma: float = 0.25
+    num_samples: int = 8
+    sigma: float = 0.3
     booster: str | None = None
     mapper: bool = True
     seed: int | None = 0
