@@ -3,23 +3,25 @@
 .venv/bin/python benchmarks/coverage.py                 # benchmarks/results/coverage.json and docs/coverage.md: 20 minutes
 .venv/bin/python benchmarks/coverage.py --only llava    # one type, printed
 
-Every type is built at tiny size with random weights, real model and processor classes (`tests/tiny_models`), in a process of its
-own; what is found is compared with separate calls of the undefended model. No figure of such a model is a result.
+Every type is built at tiny size with random weights, real model and processor classes (`tests/tiny_models`); what is found is compared with separate calls of the undefended model. No figure of such a model is a result.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULT, PAGE = ROOT / "benchmarks" / "results" / "coverage.json", ROOT / "docs" / "coverage.md"
 PROBE = ROOT / "tests" / "tiny_models" / "probe.py"
+SHARE = 6  # types a process: what it imports takes longer than a type
 NOT_BUILT = {
     "fun_asr_nano": "its feature extractor needs torchaudio",
     "granite_speech": "its feature extractor needs torchaudio",
@@ -65,16 +67,16 @@ def types() -> dict[str, str]:
     return {kind: found[kind] if isinstance(found[kind], str) else found[kind][0] for kind in sorted(found)}
 
 
-def probed(kind: str) -> dict[str, Any]:
-    """What the probe says of one type, in a process of its own: types that patch what others use cannot meet."""
+def probed(kinds: Sequence[str]) -> list[dict[str, Any]]:
+    """What the probe says of each type, all of them in one process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
-        [sys.executable, str(PROBE), "--json", kind], capture_output=True, text=True, check=False, env=environment
+        [sys.executable, str(PROBE), "--json", *kinds], capture_output=True, text=True, check=False, env=environment
     )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if not lines:
-        raise RuntimeError(f"{kind}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'nothing said'}")
-    return json.loads(lines[-1])
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if len(found) < len(kinds):
+        raise RuntimeError(f"{kinds[len(found)]}: {(done.stderr.strip().splitlines() or ['nothing said'])[-1]}")
+    return found
 
 
 def verdict(row: dict[str, Any]) -> str:
@@ -132,12 +134,14 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     asked = parser.parse_args()
     if asked.only:
-        print(json.dumps(probed(asked.only), indent=1))
+        print(json.dumps(probed([asked.only])[0], indent=1))
         return 0
     known = types()
     built = [kind for kind in known if kind not in NOT_BUILT]
+    shares = [built[start : start + SHARE] for start in range(0, len(built), SHARE)]
     with ThreadPoolExecutor(asked.processes) as pool:
-        found = dict(zip(built, tqdm(pool.map(probed, built), total=len(built), unit="type"), strict=True))
+        told = itertools.chain.from_iterable(pool.map(probed, shares))
+        found = dict(zip(built, tqdm(told, total=len(built), unit="type"), strict=True))
     rows = {}
     for kind, model in known.items():
         if kind in NOT_BUILT:
