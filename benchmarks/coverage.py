@@ -113,11 +113,14 @@ def page(result: dict[str, Any]) -> str:
             if marks[-1] == "see below" and "refused" in said:
                 marks[-1] = "refused"
         lines.append(f"| {kind} | {layout} | " + " | ".join(marks) + " |")
+        if row["verdict"] == "refused":
+            notes.append(f"- **{kind}**, every request: {row['checks']['one'][:400]}")
+            continue
         told = {}
         for check in CHECKS:
             said = row["checks"].get(check, "yes")
             if said != "yes":
-                told.setdefault(said.removeprefix("- "), []).append(CHECKS[check])
+                told.setdefault(" ".join(said.removeprefix("- ").split()), []).append(CHECKS[check])
         notes += [f"- **{kind}**, {', '.join(which)}: {said[:400]}" for said, which in told.items()]
     return "\n".join([*lines, "", "## What is not a yes, in its own words", "", *notes, ""])
 

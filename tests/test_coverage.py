@@ -36,6 +36,12 @@ def test_the_page_is_the_results():
     assert table.PAGE.read_text() == table.page(STORED)
 
 
+def test_the_readme_says_how_many():
+    verdicts = [row["verdict"] for row in STORED["types"].values()]
+    said = f"[{verdicts.count('green')} of the {len(verdicts)} types](docs/coverage.md)"
+    assert said in (table.ROOT / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("checks", "green", "found"),
     [
