@@ -10,11 +10,11 @@ import contextlib
 import functools
 import inspect
 import logging
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 # Not `from transformers import ...`: this runs right after generation.utils was imported, when the rest may be half done.
@@ -22,7 +22,7 @@ from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.utils import GenerationMixin
 
 import hf_integration
-from lmms_smoothguard import late_import, plugins
+from lmms_smoothguard import plugins
 from lmms_smoothguard.choice import Choice, choose
 from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.defenses.request import Defended, Request, SmoothGuardOutput
@@ -40,7 +40,6 @@ _thread = threading.local()
 _originals: list[tuple[type, str, Any]] = []  # (class, attribute, what stood there); _UNSET: nothing did
 _attached: weakref.WeakKeyDictionary[Any, tuple[Any, Any]] = weakref.WeakKeyDictionary()
 _forced: Choice | None = None
-_waiting: object | None = None  # for the module of all models, where it is not imported yet
 
 
 # -- what a model's processor is, and who watches --------------------------------------------------------------------
@@ -344,18 +343,18 @@ def _standing_apart(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _guard(cls: type) -> None:
-    """Refuses in the place of a model class whose `generate` the override does not reach."""
+    """Reaches a `generate` that a model class has from neither GenerationMixin nor itself: another mixin's."""
     owner = next((base for base in cls.__mro__ if "generate" in base.__dict__), None)
-    if owner is None or issubclass(cls, GenerationMixin):
+    own = None if owner is None else owner.__dict__["generate"]
+    if owner is not None and inspect.isfunction(own) and not hasattr(own, "__smoothguard_original__"):
+        _replace(owner, "generate", (_wrapped if issubclass(cls, GenerationMixin) else _standing_apart)(own))
+
+
+def _guard_models() -> None:
+    """Every model class, those there are and those to come; nothing where the module of models is not imported yet."""
+    base: Any = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    if base is None or any(owner is base for owner, _, _ in _originals):
         return
-    own = owner.__dict__["generate"]
-    if inspect.isfunction(own) and not hasattr(own, "__smoothguard_original__"):
-        _replace(owner, "generate", _standing_apart(own))
-
-
-def _guard_all(modeling_utils: ModuleType) -> None:
-    """Every model class, those there are and those to come."""
-    base = modeling_utils.PreTrainedModel
     pending = [base]
     while pending:
         cls = pending.pop()
@@ -376,9 +375,10 @@ def _guard_all(modeling_utils: ModuleType) -> None:
 
 
 def install() -> None:
-    """Puts the override in place; a second call changes nothing."""
+    """Puts the override in place; a second call only reaches models that were not imported at the first."""
     with _lock:
         if _originals:
+            _guard_models()
             return
         _replace(GenerationConfig, "smoothguard", _ConfigField())
         _wrap_own_generate(GenerationMixin)
@@ -403,8 +403,7 @@ def install() -> None:
                     _wrap_own_generate(cls)
 
         _replace(GenerationMixin, "__init_subclass__", classmethod(__init_subclass__))
-        global _waiting
-        _waiting = late_import.when_imported("transformers.modeling_utils", _guard_all)
+        _guard_models()
 
 
 def installed() -> bool:
@@ -414,10 +413,7 @@ def installed() -> bool:
 
 def uninstall() -> None:
     """Puts back what stood there before, in reverse order."""
-    global _waiting
     with _lock:
-        late_import.cancel(_waiting)
-        _waiting = None
         while _originals:
             owner, name, original = _originals.pop()
             if original is _UNSET:

@@ -165,6 +165,13 @@ def test_a_mask_of_whole_tiles_is_no_mask_of_margins():
     assert not noise[0, 2].any()
 
 
+def test_pixels_under_two_names_are_refused():
+    """Only one of them would be defended."""
+    inputs = {"pixel_values": torch.rand(1, 3, 8, 8), "pixel_values_images": torch.rand(1, 3, 8, 8)}
+    with pytest.raises(UndefendableError, match="pixel_values and pixel_values_images; expected one"):
+        find_images(inputs, config("video_llava"))
+
+
 @pytest.mark.parametrize("key", ["pixel_values_images", "image_pixel_values"])
 def test_other_names_of_pixels(key):
     images = find_images({key: torch.rand(2, 3, 8, 8), "input_ids": torch.tensor([[9], [9]])}, config("video_llava"))
@@ -223,3 +230,23 @@ def test_a_generate_that_is_not_transformers_own_is_refused_not_passed():
         hf_integration.enable()
     with pytest.raises(UndefendableError):
         model.generate(smoothguard=True)
+
+
+def test_a_mixins_generate_before_transformers_own_is_defended():
+    """Neither the class's nor GenerationMixin's, but it answers for the class."""
+    from transformers import GenerationMixin, LlamaConfig
+    from transformers.modeling_utils import PreTrainedModel
+
+    class Mixin:
+        def generate(self, *args, **kwargs):
+            return super().generate(*args, **kwargs)
+
+    class Both(Mixin, PreTrainedModel, GenerationMixin):
+        config_class = LlamaConfig
+        main_input_name = "input_ids"
+
+    model = Both(LlamaConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=16))
+    with pytest.raises(UndefendableError, match="input_features is audio"):
+        model.generate(
+            input_ids=torch.ones(1, 2, dtype=torch.long), input_features=torch.rand(1, 4, 4), smoothguard=True
+        )

@@ -274,6 +274,14 @@ def test_an_answer_that_went_around_generate_is_refused(wrapper, images, monkeyp
         wrapper.generate_until([request(({"visual": [images[0]]},))])
 
 
+def test_a_row_without_a_picture_needs_no_defence(wrapper, monkeypatch):
+    """Its `visual` is there and empty, as in tasks that mix."""
+    from lm_eval.models.hf_vlms import HFMultimodalLM
+
+    monkeypatch.setattr(HFMultimodalLM, "generate_until", lambda self, requests, disable_tqdm: ["Yes"])
+    assert wrapper.generate_until([request(({"visual": []},))]) == ["Yes"]
+
+
 def test_an_error_inside_of_the_defence_surfaces(wrapper, images, monkeypatch):
     from lmms_smoothguard.defenses import Request
 

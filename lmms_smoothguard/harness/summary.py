@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_integration import Observation
+from lmms_smoothguard.attacks.cache import Entry
 from lmms_smoothguard.evaluation.answers import same_answer, says
 from lmms_smoothguard.evaluation.rates import Rate, rate
 from lmms_smoothguard.evaluation.titles import attack_title
@@ -118,6 +119,12 @@ def put_in(results: dict[str, Any], outcomes: Outcomes) -> dict[str, Summary]:
             figures[f"{name},none"] = value
             better[name] = None if name.endswith("_count") or name == "attack_left_out" else False
     return found
+
+
+def told_of(entry: Entry) -> dict[str, Any]:
+    """What the samples log says of an adversarial picture."""
+    numbers = {f"attack_{name}": entry.record[name] for name in ("linf", "l2", "rendering_gap", "seconds")}
+    return {"attack": entry.record["attack"], "attack_key": entry.key, **numbers}
 
 
 def vote_of(seen: Observation) -> dict[str, Any]:

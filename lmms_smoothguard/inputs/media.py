@@ -115,7 +115,11 @@ def find_images(inputs: Mapping[str, Any], config: Any) -> Images | None:
         return None
     if inputs.get("past_key_values") is not None:
         raise UndefendableError("past_key_values cannot be shared by noisy copies; expected a request without a cache")
-    key = found[0]
+    if len(found) > 1:
+        raise UndefendableError(
+            f"the request has pixels in {' and '.join(found)}; expected one of them, for only one would be defended"
+        )
+    (key,) = found
     values = inputs[key]
     if not isinstance(values, torch.Tensor):
         raise UndefendableError(

@@ -17,7 +17,7 @@ from lmms_smoothguard.fingerprint import model_fingerprint
 from lmms_smoothguard.harness import ledger
 from lmms_smoothguard.harness.options import Options, TaskAttack
 from lmms_smoothguard.harness.recording import PlainPass, recorded
-from lmms_smoothguard.harness.summary import NO_ANSWER, NO_IMAGE, Outcome
+from lmms_smoothguard.harness.summary import NO_ANSWER, NO_IMAGE, Outcome, told_of
 
 METADATA = "smoothguard_attack"
 """In a task's metadata: the attack it asks for. Not `attack`: lm-eval puts the model's arguments into every task's metadata."""
@@ -45,10 +45,6 @@ class _Asked:
     images: tuple[Image.Image, ...]
     target: str | None
     right: str | None
-
-    @property
-    def name(self) -> str:
-        return f"{self.request.task_name}[{self.request.doc_id}]"
 
 
 def attack(
@@ -88,15 +84,7 @@ def attack(
         jobs.append((one, plain, Job(settings, one.images, plain.inputs, tokens)))
     crafter = Crafter(model, processor, cache, options.defense, options.attack_batch_size, quiet)
     for (one, plain, _), entry in zip(jobs, crafter.craft([job for *_, job in jobs]) if jobs else [], strict=True):
-        info = {
-            "attack": entry.record["attack"],
-            "attack_key": entry.key,
-            "attack_linf": entry.record["linf"],
-            "attack_l2": entry.record["l2"],
-            "attack_rendering_gap": entry.record["rendering_gap"],
-            "attack_seconds": entry.record["seconds"],
-            "clean_answer": plain.text,
-        }
+        info = {**told_of(entry), "clean_answer": plain.text}
         pictures = [Image.fromarray(image) for image in entry.images]
         context, settings, media = one.request.args
         changed = dataclasses.replace(one.request, arguments=(context, settings, {**media, "visual": pictures}))

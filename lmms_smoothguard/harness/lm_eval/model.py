@@ -111,7 +111,7 @@ class SmoothGuardMultimodalLM(HFMultimodalLM):
         text, seen = self._sg_base(request if attacked is None else attacked.request)
         info: dict[str, Any] = {**({} if attacked is None else attacked.info), "seconds": time.perf_counter() - started}
         if self._sg_options.defense is not None:
-            if not seen.defended and len(request.args) > 2:
+            if not seen.defended and pictures_of(request):
                 raise UndefendableError(
                     f"{request.task_name}[{request.doc_id}] was answered without a defended generate(), so the answer would be "
                     "undefended"

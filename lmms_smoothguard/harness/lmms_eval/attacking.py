@@ -27,7 +27,7 @@ from lmms_smoothguard.harness.lmms_eval.instances import document_of, with_image
 from lmms_smoothguard.harness.lmms_eval.planning import Plan, plan
 from lmms_smoothguard.harness.options import Options
 from lmms_smoothguard.harness.recording import PlainPass, recorded
-from lmms_smoothguard.harness.summary import NO_ANSWER, NO_IMAGE
+from lmms_smoothguard.harness.summary import NO_ANSWER, NO_IMAGE, told_of
 
 INFO = "_smoothguard"
 """The key of a request's metadata under which the samples log's fields about its attack travel."""
@@ -154,12 +154,7 @@ def _logged(raw: str, clean: Finished) -> dict[str, str]:
 
 def _attacked(one: Plan, plain: PlainPass, clean: Finished, entry: Entry, arguments: tuple[Any, ...]) -> Instance:
     info = {
-        "attack": entry.record["attack"],
-        "attack_key": entry.key,
-        "attack_linf": entry.record["linf"],
-        "attack_l2": entry.record["l2"],
-        "attack_rendering_gap": entry.record["rendering_gap"],
-        "attack_seconds": entry.record["seconds"],
+        **told_of(entry),
         **_logged(plain.text, clean),
     }
     ledger.record(one.request.task_name, one.doc, ledger.Note(clean.scored))
