@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launching import on_two, ranks
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -542,27 +542,6 @@ def launch(out, cache, log, launcher=(), steps=40, limit=6):
         return subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def on_two(kind):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    if kind == "torchrun":
-        return (
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            "2",
-            "--master_addr",
-            "127.0.0.1",
-            "--master_port",
-            port,
-        )
-    return (
-        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_ip", "127.0.0.1", "--main_process_port", port,
-    )  # fmt: skip
-
-
 def until(there, process, seconds=200):
     deadline = time.monotonic() + seconds
     while not there() and process.poll() is None and time.monotonic() < deadline:
@@ -599,8 +578,6 @@ def test_two_processes_write_what_one_writes(tmp_path, kind):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes in /proc")
 def test_a_killed_process_ends_the_others(tmp_path):
-    from test_sharding import ranks
-
     out, log = tmp_path / "out", tmp_path / "log"
     process = launch(out, tmp_path / "two cache", log, on_two("torchrun"), steps=80, limit=8)
     until(lambda: len(list(out.glob("samples/*.json"))) >= 1, process)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
+from launching import on_two
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
@@ -222,10 +222,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
                 row["smoothguard"].pop(field)
         return told["results"], told["smoothguard_attacks"], sorted(rows, key=lambda row: row["doc_id"])
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    two = run("two", "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port)
+    two = run("two", *on_two("torchrun"))
     assert two == run("one")
     assert len(two[2]) == 5
 

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from launching import on_two, ranks
 from managers import task_manager
 
 pytest.importorskip("lmms_eval")
@@ -33,11 +33,6 @@ from lmms_smoothguard.noise import NoiseSource
 from lmms_smoothguard.reproducible import reproducible_sums
 from lmms_smoothguard.tiny.model import MODEL_DIR
 
-TWO = ("torch.distributed.run", "--nproc_per_node", "2")
-ACCELERATE = (
-    "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-    "--mixed_precision", "no", "--dynamo_backend", "no",
-)  # fmt: skip
 PER_RUN = {"seconds", "attack_seconds"}
 
 
@@ -46,16 +41,11 @@ def arguments(**given):
     return ",".join(f"{key}={value}" for key, value in (common | given).items())
 
 
-def launch(tmp_path, runs, launcher=TWO):
+def launch(tmp_path, runs, kind="torchrun"):
     """Starts lmms-eval on two processes; `runs` go one after the other, each {tasks, limit, model_args, output_path}."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     config = tmp_path / "runs.yaml"
     config.write_text(yaml.safe_dump([{"model": "smoothguard_llava", "log_samples": True, **run} for run in runs]))
-    where = ["--main_process_ip" if "accelerate" in launcher[0] else "--master_addr", "127.0.0.1"]
-    where += ["--main_process_port" if "accelerate" in launcher[0] else "--master_port", port]
-    command = [sys.executable, "-m", *launcher, *where, "-m", "lmms_eval", "--config", str(config)]
+    command = [sys.executable, *on_two(kind), "-m", "lmms_eval", "--config", str(config)]
     with open(tmp_path / "log", "a") as log:
         return subprocess.Popen(
             command, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -117,7 +107,7 @@ def whole_entries(cache):
     return {path.stem for path in records}
 
 
-def same_as_alone(tmp_path, launcher, name="two", extra=()):
+def same_as_alone(tmp_path, kind, name="two", extra=()):
     """Five attacked samples on two processes: three and two."""
     run = {
         "tasks": "shapes_pope_pgd",
@@ -125,7 +115,7 @@ def same_as_alone(tmp_path, launcher, name="two", extra=()):
         "model_args": arguments(attack_cache=tmp_path / name),
         "output_path": str(tmp_path / "out"),
     }
-    code, log = finish(launch(tmp_path, [run, *extra], launcher), tmp_path)
+    code, log = finish(launch(tmp_path, [run, *extra], kind), tmp_path)
     assert code == 0, log[-3000:]
     assert "Running on rank 1" in log
     one = alone(tmp_path / "one", "shapes_pope_pgd", 5, arguments(attack_cache=tmp_path / "cache"))
@@ -150,7 +140,7 @@ def test_torchrun_gives_what_one_process_gives(tmp_path):
         {"tasks": task, "limit": limit, "model_args": args, "output_path": str(tmp_path / name)}
         for name, (task, limit, args) in others.items()
     ]
-    log = same_as_alone(tmp_path, TWO, name="first", extra=extra)
+    log = same_as_alone(tmp_path, "torchrun", name="first", extra=extra)
     assert "Building contexts for shapes_pope_pgd on rank 1" in log
     assert "Traceback" not in log
     for name, (task, limit, args) in others.items():
@@ -167,21 +157,7 @@ def test_torchrun_gives_what_one_process_gives(tmp_path):
 
 @pytest.mark.slow
 def test_accelerate_gives_what_one_process_gives(tmp_path):
-    same_as_alone(tmp_path, ACCELERATE)
-
-
-def ranks(launcher):
-    """{rank: process id} of the launcher's children."""
-    found = {}
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((place / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            variables = (place / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if parent == launcher.pid:
-            found |= {int(v.removeprefix(b"RANK=")): int(place.name) for v in variables if v.startswith(b"RANK=")}
-    return found
+    same_as_alone(tmp_path, "accelerate")
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes in /proc")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import on_two
 from typer.testing import CliRunner
 
 from lmms_smoothguard.aggregation.verdict import aggregate
@@ -25,6 +26,7 @@ from lmms_smoothguard.evaluation.questions import load_questions
 from lmms_smoothguard.evaluation.rates import Rate
 from lmms_smoothguard.evaluation.records import ModelRecord, write_with_samples
 from lmms_smoothguard.evaluation.samples import SampleRecord
+from lmms_smoothguard.processes import Processes
 from lmms_smoothguard.subject import Subject
 from lmms_smoothguard.sweeps import grid as grids
 from lmms_smoothguard.sweeps import tables
@@ -257,6 +259,60 @@ def test_kill_minus_nine_at_any_moment(tmp_path):
     cut, whole = (read_sweep(tmp_path / name / "sweep.json") for name in ("cut", "whole"))
     assert cut.points == whole.points
     assert not list((tmp_path / "cut").rglob("*.tmp"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["torchrun", "accelerate"])
+def test_two_processes_find_what_one_finds(tmp_path, kind):
+    for name, launcher in (("two", on_two(kind)), ("one", ())):
+        words = [
+            sys.executable,
+            *launcher,
+            "-m",
+            "lmms_smoothguard",
+            *command(tmp_path / name, tmp_path / f"{name} cache"),
+        ]
+        done = subprocess.run(
+            words, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("sweep.json") == 1  # the main process alone speaks
+        assert "were given again" not in done.stderr
+    two, one = (read_sweep(tmp_path / name / "sweep.json") for name in ("two", "one"))
+    assert two.points == one.points and two.command == one.command
+    kept = {
+        name: [
+            dataclasses.replace(sample, attack_seconds=None)
+            for sample in read_sweep_samples(tmp_path / name / "sweep.json", record)
+        ]
+        for name, record in (("two", two), ("one", one))
+    }
+    assert kept["two"] and kept["two"] == kept["one"]
+    pictures = [
+        {path.name: path.read_bytes() for path in (tmp_path / f"{name} cache" / "attacks").rglob("*.png")}
+        for name in ("two", "one")
+    ]
+    assert pictures[0] and pictures[0] == pictures[1]
+
+
+def test_the_main_process_says_that_the_others_answers_are_not_here(tiny, tmp_path, monkeypatch, caplog):
+    """As on two machines whose cache directories are not one: nothing is lost, but work is done twice."""
+
+    class First(Processes):
+        def __init__(self):
+            super().__init__()
+            self.count = 2
+
+        def wait(self):
+            assert len(list((tmp_path / "answers").rglob("*.json"))) == 2  # its share: the first and the third question
+
+    questions = load_questions(POPE, limit=3)
+    options = {"name": "sweep", "about": "a trial", "command": "c"}
+    grid = Grid(sigmas=(0.0,), conditions=CLEAN_ONLY)
+    record, samples = sweep(tiny, questions, grid, tmp_path, processes=First(), **options)
+    assert "1 answers of the other processes are not in" in caplog.text
+    alone, own = sweep(tiny, questions, grid, tmp_path / "alone", **options)
+    assert record.points == alone.points and samples == own
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------

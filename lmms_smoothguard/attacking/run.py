@@ -8,12 +8,12 @@ from typing import Any
 from lmms_smoothguard.attacking.asked import AttackRun
 from lmms_smoothguard.attacking.identity import described, versions
 from lmms_smoothguard.attacking.outcomes import Rules
-from lmms_smoothguard.attacking.processes import Processes
 from lmms_smoothguard.attacking.store import Store
 from lmms_smoothguard.attacks.cache import default_cache_dir
 from lmms_smoothguard.errors import ConfigError
 from lmms_smoothguard.evaluation.questions import Questions
 from lmms_smoothguard.evaluation.tables import refuse_inside
+from lmms_smoothguard.processes import Processes
 
 MAX_NEW_TOKENS = 32
 

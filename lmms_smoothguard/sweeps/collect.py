@@ -90,31 +90,22 @@ class Collector:
         """See `Answerer.texts`."""
         return self._answerer.texts(answers)
 
-    def collect(self, questions: Questions) -> Answers:
-        """Everything, question by question. Raises ConfigError for questions without a right answer."""
-        without = [words.id for words in questions.words if words.label is None]
-        if without:
-            raise ConfigError(
-                f"{len(without)} questions of {questions.source} have no right answer, the first: {', '.join(without[:5])}; "
-                "expected one for each, in a column such as answer (--columns label=NAME)"
-            )
-        several = [words.id for words in questions.words if words.accepted]
-        if several:
-            raise ConfigError(
-                f"{len(several)} questions of {questions.source} have several right answers, the first: {', '.join(several[:5])}; "
-                "expected one for each: a sweep counts a copy's answer as right or wrong by its label alone"
-            )
+    def collect(self, questions: Questions, numbers: Sequence[int] | None = None) -> Answers:
+        """Everything, question by question; of these numbers alone where they are given. Raises ConfigError for questions without a
+        right answer."""
+        _check(questions)
         from tqdm import tqdm
 
-        found, passes = Answers(questions.words), self._passes()
-        total = len(questions) * len(passes)
+        numbers, before = range(len(questions)) if numbers is None else numbers, self._answerer.answered
+        found, passes = Answers([questions.words[number] for number in numbers]), self._passes()
+        total = len(numbers) * len(passes)
         with tqdm(total=total, desc="answering copies", unit="request", disable=self._quiet) as bar:
-            for start in range(0, len(questions), _AT_ONCE):
-                asked = [self._ask(question) for question in questions[start : start + _AT_ONCE]]
+            for start in range(0, len(numbers), _AT_ONCE):
+                asked = [self._ask(questions[number]) for number in numbers[start : start + _AT_ONCE]]
                 found.clean += [part.clean for part in asked]
                 for condition, noise in passes:
                     found.cells[condition.name, noise] += self._cells(asked, condition, noise, bar)
-        found.answered = self._answerer.answered
+        found.answered = self._answerer.answered - before
         return found
 
     def _passes(self) -> list[tuple[Condition, Noise]]:
@@ -166,3 +157,18 @@ class Collector:
             clean_is_right=label is None or is_right(said, label),
         )
         return None if answer is None else Job(attack, part.question.images, part.inputs, answer)
+
+
+def _check(questions: Questions) -> None:
+    without = [words.id for words in questions.words if words.label is None]
+    if without:
+        raise ConfigError(
+            f"{len(without)} questions of {questions.source} have no right answer, the first: {', '.join(without[:5])}; "
+            "expected one for each, in a column such as answer (--columns label=NAME)"
+        )
+    several = [words.id for words in questions.words if words.accepted]
+    if several:
+        raise ConfigError(
+            f"{len(several)} questions of {questions.source} have several right answers, the first: {', '.join(several[:5])}; "
+            "expected one for each: a sweep counts a copy's answer as right or wrong by its label alone"
+        )

@@ -15,6 +15,7 @@ from lmms_smoothguard.errors import ConfigError, SmoothGuardError
 
 if TYPE_CHECKING:
     from lmms_smoothguard.evaluation.questions import Questions
+    from lmms_smoothguard.processes import Processes
     from lmms_smoothguard.sweeps.grid import Grid
 
 _GRID = "The grid"
@@ -74,7 +75,8 @@ def sweep(
 ) -> None:
     """Noise x copies x attacks x aggregation on one model: whatever was answered or crafted before is not done again.
 
-    Writes sweep.json, its samples and figures; killed and started again, it goes on where it was.
+    Writes sweep.json, its samples and figures; killed and started again, it goes on where it was. On several processes:
+    torchrun --nproc_per_node 2 -m lmms_smoothguard sweep ...
     """
     from lmms_smoothguard.attacks.cache import default_cache_dir
     from lmms_smoothguard.evaluation.tables import refuse_inside
@@ -124,12 +126,17 @@ def sweep(
     from lmms_smoothguard.harness.questions import find_questions
 
     named = {key: None if value == "none" else value for key, value in grids.pairs("--column", columns or ()).items()}
-    questions = find_questions(data, split=split, limit=limit, question=question, columns=named)
-    _run(model, questions, grid, out, cache or default_cache_dir(), asked,
+    from lmms_smoothguard.processes import Processes
+
+    processes = Processes()
+    with processes.main_first():
+        questions = find_questions(data, split=split, limit=limit, question=question, columns=named)
+    _run(processes, model, questions, grid, out, cache or default_cache_dir(), asked,
          {"max_new_tokens": max_new_tokens, "batch_size": batch_size}, device, dtype, tower)  # fmt: skip
 
 
 def _run(
+    processes: Processes,
     model: str,
     questions: Questions,
     grid: Grid,
@@ -147,12 +154,12 @@ def _run(
     from lmms_smoothguard.sweeps.drawing import draw_all
     from lmms_smoothguard.sweeps.tables import describe
 
-    subject = Subject(model, device, dtype, **tower)
+    subject = Subject(model, processes.device(device), dtype, **tower)
     if subject.tower is not None:
         shown = subject.tower.source, tower["vision_tower_resolution"]
         asked = dict(asked) | dict(zip(("vision-tower", "vision-tower-resolution"), shown, strict=True))
     session.refuse_another(out / "sweep.json", subject, questions)
-    record, samples = session.sweep(
+    swept = session.sweep(
         subject,
         questions,
         grid,
@@ -160,8 +167,14 @@ def _run(
         name="sweep",
         about=f"{session.plain_name(model)} on {session.plain_name(questions.source)}",
         command=_command(session.plain_name(model), session.plain_name(questions.source), asked),
+        processes=processes,
         **options,
     )
+    processes.wait()
+    processes.end()
+    if swept is None:
+        return  # the main process writes
+    record, samples = swept
     path = write_with_samples(out, record, samples)
     typer.echo(describe(record))
     for file in [path, *draw_all([record], samples, out)]:

@@ -88,6 +88,7 @@ def run_preset(
     """
     from lmms_smoothguard.evaluation.records import write_with_samples
     from lmms_smoothguard.harness.questions import find_questions
+    from lmms_smoothguard.processes import Processes
     from lmms_smoothguard.subject import EMBEDDED, Subject
     from lmms_smoothguard.sweeps.session import sweep
 
@@ -103,11 +104,13 @@ def run_preset(
         )
     if not todo:
         return []
-    subject, made = Subject(EMBEDDED), []
+    processes = Processes()
+    subject, made = Subject(EMBEDDED, processes.device(None)), []
     for part in todo:
         started = time.perf_counter()
-        questions = find_questions(part.task, limit=min(part.limit, limit or part.limit))
-        record, samples = sweep(
+        with processes.main_first():
+            questions = find_questions(part.task, limit=min(part.limit, limit or part.limit))
+        swept = sweep(
             subject,
             questions,
             _with_models(part.grid),
@@ -116,9 +119,13 @@ def run_preset(
             about=part.about,
             command=f"smoothguard sweep --preset {preset} --only {part.name}",
             batch_size=128,
+            processes=processes,
         )
-        made.append(write_with_samples(results, record, samples))
+        if swept is None:
+            continue  # the main process writes
+        made.append(write_with_samples(results, *swept))
         log.warning("%s: %d questions in %.0f s", part.name, len(questions), time.perf_counter() - started)
+    processes.end()
     return made
 
 

@@ -12,6 +12,7 @@ from lmms_smoothguard.evaluation.questions import Questions
 from lmms_smoothguard.evaluation.records import AttackRecord, DataRecord, ModelRecord, TaskRecord
 from lmms_smoothguard.evaluation.samples import SampleRecord
 from lmms_smoothguard.evaluation.titles import attack_access
+from lmms_smoothguard.processes import Processes
 from lmms_smoothguard.subject import Subject
 from lmms_smoothguard.sweeps.collect import Answers, Collector
 from lmms_smoothguard.sweeps.figures import by_poisoned_copies, differences, rates
@@ -34,15 +35,29 @@ def sweep(
     command: str,
     max_new_tokens: int | None = None,
     batch_size: int = 32,
-) -> tuple[SweepRecord, list[SampleRecord]]:
-    """The record of a sweep, and the samples of its main points.
+    processes: Processes | None = None,
+) -> tuple[SweepRecord, list[SampleRecord]] | None:
+    """The record of a sweep, and the samples of its main points; None in every process but the main one.
 
     cache: where adversarial pictures and answers are kept; max_new_tokens: None = as the questions' source says, else 32;
-    batch_size: rows of the model at once, EOT's draws counted, while pictures are crafted. Raises SmoothGuardError for whatever cannot be asked, attacked or defended.
+    batch_size: rows of the model at once, EOT's draws counted, while pictures are crafted; processes: those that share the questions out
+    among them. Raises SmoothGuardError for whatever cannot be asked, attacked or defended.
     """
     tokens = max_new_tokens or questions.max_new_tokens or DEFAULT_TOKENS
-    collector = Collector(subject, grid, cache, max_new_tokens=tokens, batch_size=batch_size)
+    processes = processes or Processes()
+    collector = Collector(subject, grid, cache, max_new_tokens=tokens, batch_size=batch_size, quiet=not processes.main)
+    if processes.count > 1:
+        collector.collect(questions, processes.share(len(questions)))
+        processes.wait()
+        if not processes.main:
+            return None
     answers = collector.collect(questions)
+    if processes.count > 1 and answers.answered:
+        log.warning(
+            "%d answers of the other processes are not in %s and were given again; expected one directory for all (--cache)",
+            answers.answered,
+            cache,
+        )
     log.info("%d answers were given, all others were cached", answers.answered)
     points, samples = _points(grid, answers, Replay(subject.model, subject.tokenizer, collector.texts), name)
     record = SweepRecord(
