@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 from lmms_smoothguard import late_import
 
 if TYPE_CHECKING:
-    from hf_integration.override import Observation, attach, force, observe
+    from hf_integration.attached import attach
+    from hf_integration.calls import force, generate_defended
+    from hf_integration.observing import Observation, observe
     from lmms_smoothguard.config import SmoothGuardConfig
     from lmms_smoothguard.defenses.consensus import SmoothGuardLogitsProcessor
     from lmms_smoothguard.defenses.request import SmoothGuardOutput
@@ -27,13 +29,14 @@ if TYPE_CHECKING:
     from lmms_smoothguard.smoothing.context import smoothed
 
 __all__ = ["FeatureSmoothingConfig", "Observation", "SmoothGuardConfig", "SmoothGuardLogitsProcessor", "SmoothGuardOutput", "attach", "disable",
-           "enable", "enabled", "force", "observe", "smoothed"]  # fmt: skip
+           "enable", "enabled", "force", "generate_defended", "observe", "smoothed"]  # fmt: skip
 
 _HOMES = {
-    "Observation": "hf_integration.override",
-    "attach": "hf_integration.override",
-    "force": "hf_integration.override",
-    "observe": "hf_integration.override",
+    "Observation": "hf_integration.observing",
+    "attach": "hf_integration.attached",
+    "force": "hf_integration.calls",
+    "generate_defended": "hf_integration.calls",
+    "observe": "hf_integration.observing",
     "SmoothGuardConfig": "lmms_smoothguard.config",
     "SmoothGuardLogitsProcessor": "lmms_smoothguard.defenses.consensus",
     "SmoothGuardOutput": "lmms_smoothguard.defenses.request",

@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from hf_integration.override import attach, force
+from hf_integration.attached import attach
+from hf_integration.calls import force
 from lmms_smoothguard.choice import Choice
 from lmms_smoothguard.errors import ConfigError, SmoothGuardError, explain
 

@@ -36,10 +36,10 @@ SETTINGS = {settings}
 def generate(model, **arguments):
     """As `model.generate`, defended. Raises ImportError without lmms-smoothguard."""
     try:
-        override = importlib.import_module("hf_integration.override")
+        hf_integration = importlib.import_module("hf_integration")
     except ImportError as error:
         raise ImportError("this generation code needs lmms-smoothguard; pip install lmms-smoothguard") from error
-    return override.generate_defended(model, SETTINGS, **arguments)
+    return hf_integration.generate_defended(model, SETTINGS, **arguments)
 
 
 generate.__smoothguard_export__ = True

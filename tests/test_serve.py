@@ -10,7 +10,7 @@ from serving import smoothguard_server, transformers_server
 from test_proxy import chat, content, encoded
 from typer.testing import CliRunner
 
-import hf_integration.override
+import hf_integration.calls
 from lmms_smoothguard.cli import app
 from lmms_smoothguard.errors import ConfigError, UndefendableError
 from lmms_smoothguard.tiny import language
@@ -146,7 +146,7 @@ def test_what_cannot_be_served_ends_before_it_starts(arguments, message):
     found = CliRunner().invoke(app, ["serve", str(MODEL_DIR), *arguments])
     assert isinstance(found.exception, ConfigError) or found.exit_code == 2
     assert message in f"{found.exception} {found.output}"
-    assert not hf_integration.override._forced
+    assert not hf_integration.calls._forced
 
 
 def test_a_forced_defence_stands_over_every_call(llava, batch, monkeypatch):
