@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,6 +50,16 @@ def test_an_answer_is_defended_where_asked_and_there_alone(tiny, question):
         assert tiny.answer(inputs, 8).verdict is None
     finally:
         tiny.model.generation_config.smoothguard = None
+
+
+@pytest.mark.parametrize("said, expected", [([2, 7, 8, 2], (7, 8)), ([2, 7, 8], (7, 8)), ([2, 2], ())])
+def test_a_decoders_start_is_no_part_of_its_answer(said, expected):
+    """It is the end token too, so that the answer would be taken for an empty one."""
+    of_decoder = Subject.__new__(Subject)
+    of_decoder.model = SimpleNamespace(
+        config=SimpleNamespace(is_encoder_decoder=True), generation_config=SimpleNamespace(eos_token_id=2)
+    )
+    assert of_decoder._without_prompt_and_end(said, {"input_ids": torch.tensor([[4, 5]])}) == expected
 
 
 def test_answers_are_greedy_whatever_the_checkpoint_asks_for(tiny, question):

@@ -15,9 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lmms_smoothguard.tiny import language, testsets
+from lmms_smoothguard.tiny.company import NEGATIVES
 from lmms_smoothguard.tiny.evaluate import held_out_figures
 from lmms_smoothguard.tiny.model import MODEL_DIR
-from lmms_smoothguard.tiny.scenes import OBJECTS, cooccurrence, popularity
+from lmms_smoothguard.tiny.scenes import COMPANY, OBJECTS
 from lmms_smoothguard.tiny.train import _FIRST_TRAINING_SHARD
 
 DATA = Path(__file__).parent.parent / "tasks" / "shapes" / "data"
@@ -60,7 +61,7 @@ def test_questions_are_balanced_and_true():
     rows = testsets.test_sets()["pope"]
     scenes = testsets.existence_scenes(300, 1)
     assert len(rows) >= 800
-    for subset in (rows, rows[:420], *([r for r in rows if r["category"] == c] for c in language.NEGATIVES)):
+    for subset in (rows, rows[:420], *([r for r in rows if r["category"] == c] for c in NEGATIVES)):
         assert sum(row["answer"] == "yes" for row in subset) * 2 == len(subset)
     assert len({(row["image_source"], row["question"]) for row in rows}) == len(
         rows
@@ -75,11 +76,11 @@ def test_questions_are_balanced_and_true():
 def test_negatives_mean_what_popes_mean():
     rng = np.random.default_rng(0)
     present = (0, 7)
-    drawn = {c: [language.absent_object(present, c, rng) for _ in range(300)] for c in language.NEGATIVES}
+    drawn = {c: [COMPANY.absent(present, c, rng) for _ in range(300)] for c in NEGATIVES}
     for listed in drawn.values():
         assert not set(listed) & set(present)
-    popular = {c: popularity()[listed].mean() for c, listed in drawn.items()}
-    company = {c: cooccurrence()[list(present)].sum(0)[listed].mean() for c, listed in drawn.items()}
+    popular = {c: COMPANY.popularity[listed].mean() for c, listed in drawn.items()}
+    company = {c: COMPANY.cooccurrence[list(present)].sum(0)[listed].mean() for c, listed in drawn.items()}
     assert popular["popular"] > 1.5 * popular["random"]
     assert company["adversarial"] > 1.5 * company["random"]
     assert company["adversarial"] >= company["popular"]

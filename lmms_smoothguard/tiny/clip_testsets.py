@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lmms_smoothguard.tiny import language
-from lmms_smoothguard.tiny.scenes import OBJECTS, SceneSet, make_scenes
+from lmms_smoothguard.tiny.company import NEGATIVES
+from lmms_smoothguard.tiny.scenes import COMPANY, OBJECTS, SceneSet, make_scenes
 
 # Seeds below 1,000 are never used in training (`train._FIRST_TRAINING_SHARD`); 1 to 4 are the LLaVA's test sets.
 _ZERO_SHOT_SEED, _RETRIEVAL_SEED, _PRESENCE_SEED = 11, 12, 13
@@ -92,7 +93,7 @@ def presence_set(count: int = PRESENCE_SCENES) -> PresenceSet:
     scenes = make_scenes(count, _PRESENCE_SEED)
     rng = np.random.default_rng([_PRESENCE_SEED, 1])
     present = [int(rng.choice(scenes.present(index))) for index in range(count)]
-    absent = [language.absent_object(scenes.present(index), "adversarial", rng) for index in range(count)]
+    absent = [COMPANY.absent(scenes.present(index), "adversarial", rng) for index in range(count)]
     return PresenceSet(scenes.images, np.array(present), np.array(absent))
 
 
@@ -105,7 +106,7 @@ def write_certified_sets(directory: Path) -> None:
     from lmms_smoothguard.tiny.testsets import existence_rows, existence_scenes, test_sets, write_rows
 
     seed = _CERTIFIED_SEED
-    scenes = existence_rows(existence_scenes(CERTIFIED_SCENES, seed), seed)[:: len(language.NEGATIVES)]
+    scenes = existence_rows(existence_scenes(CERTIFIED_SCENES, seed), seed)[:: len(NEGATIVES)]
     found = zero_shot_set(CERTIFIED_PER_CLASS)
     single = [
         {"question": "What is in the picture?", "label": language.with_article(OBJECTS[label]), "image": image}

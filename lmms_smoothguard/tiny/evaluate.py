@@ -12,6 +12,7 @@ from lmms_smoothguard.aggregation.verdict import normalize_answer
 from lmms_smoothguard.evaluation.rates import Rate, rate
 from lmms_smoothguard.judges.refusal import RefusalJudge
 from lmms_smoothguard.tiny import language
+from lmms_smoothguard.tiny.company import NEGATIVES
 from lmms_smoothguard.tiny.model import prompt
 from lmms_smoothguard.tiny.testsets import test_sets
 
@@ -66,7 +67,7 @@ def held_out_figures(directory: Path, say: Callable[[str], None] = lambda text: 
         return RefusalJudge().judge(row["question"], answer).safe
 
     ask("existence", sets["pope"], says("answer"))
-    for category in language.NEGATIVES:
+    for category in NEGATIVES:
         ask(f"existence, {category}", [r for r in sets["pope"] if r["category"] == category], says("answer"))
     for sigma in (0.1, 0.2, 0.25):
         ask(f"existence, one noisy copy, sigma {sigma}", sets["pope"], says("answer"), sigma)

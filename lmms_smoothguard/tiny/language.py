@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
+from lmms_smoothguard.tiny.scenes import OBJECTS
 
-from lmms_smoothguard.tiny.scenes import OBJECTS, color_of, cooccurrence, popularity, shape_of
-
-NEGATIVES = ("random", "popular", "adversarial")
-"""POPE's samplings of absent objects."""
 POPE_SUFFIX = "\nAnswer the question using a single word or phrase."
 """The post-prompt that lmms-eval's POPE appends; the model is trained with and without it."""
 DESCRIBE = ("Describe the image.", "What is in the image?")
@@ -66,25 +62,3 @@ def held_out(verb: str, thing: str) -> bool:
 def request_pairs(verbs: Sequence[str], *, test: bool) -> list[tuple[str, str]]:
     """The (verb, thing) pairs of one side of the split."""
     return [(verb, thing) for verb in verbs for thing in THINGS if held_out(verb, thing) is test]
-
-
-def absent_object(present: Sequence[int], sampling: str, rng: np.random.Generator) -> int:
-    """An object that is not in the scene.
-
-    `random`: uniform; `popular`: among the eight most frequent; `adversarial`: among the five that most often keep
-    company with what is there; `attribute` (training only): the colour of one object, the shape of another.
-    """
-    absent = [obj for obj in range(len(OBJECTS)) if obj not in present]
-    if sampling == "random":
-        pool = absent
-    elif sampling == "popular":
-        pool = sorted(absent, key=lambda obj: -popularity()[obj])[:8]
-    elif sampling == "adversarial":
-        pool = sorted(absent, key=lambda obj: -cooccurrence()[list(present), obj].sum())[:5]
-    elif sampling == "attribute":
-        colors, shapes = {color_of(o) for o in present}, {shape_of(o) for o in present}
-        pool = [o for o in absent if color_of(o) in colors and shape_of(o) in shapes]
-        pool = pool or [o for o in absent if color_of(o) in colors or shape_of(o) in shapes]
-    else:
-        raise ValueError(f"unknown negative sampling {sampling!r}; known: {', '.join(NEGATIVES)}, attribute")
-    return int(rng.choice(pool))

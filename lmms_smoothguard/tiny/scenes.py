@@ -7,13 +7,14 @@ background at a low opacity; `tiny/llava/README.md` says why the model is traine
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from lmms_smoothguard.tiny.company import Company
 
 SIZE = 64
 """Side of a scene in pixels."""
@@ -33,7 +34,6 @@ OBJECTS = tuple(f"{color} {shape}" for color, shape in itertools.product(COLORS,
 """All 30 object names; an object is its index in here."""
 
 _CANVAS = 2 * SIZE  # drawn at twice the size, then averaged: smooth edges
-_COMPANY = 5  # objects of one circle of companions
 _FAINTEST, _LEAST_FAINT = 0.025, 0.6
 _FAINT_OPAQUE_SHARE = 0.35
 _FAINT_TEXTURE = 0.4  # a faint scene has a calmer background, or nothing faint could be seen on it
@@ -69,47 +69,8 @@ def shape_of(obj: int) -> int:
     return obj % len(SHAPES)
 
 
-@functools.cache
-def popularity() -> np.ndarray:
-    """Probability of each object when drawn by popularity: (30,), Zipf-like over a fixed shuffle."""
-    order = np.random.default_rng(1234).permutation(len(OBJECTS))
-    weight = np.empty(len(OBJECTS))
-    weight[order] = 1.0 / (np.arange(len(OBJECTS)) + 4)
-    return weight / weight.sum()
-
-
-@functools.cache
-def _companions() -> tuple[tuple[int, ...], ...]:
-    circles = np.random.default_rng(4321).permutation(len(OBJECTS)).reshape(-1, _COMPANY).tolist()
-    circle_of = {obj: circle for circle in circles for obj in circle}
-    return tuple(tuple(o for o in circle_of[obj] if o != obj) for obj in range(len(OBJECTS)))
-
-
-def sample_objects(rng: np.random.Generator) -> tuple[int, ...]:
-    """One to four different objects: half by company of one already there, else by popularity or uniformly."""
-    wanted = rng.choice([1, 2, 3, 4], p=[0.15, 0.3, 0.3, 0.25])
-    chosen: list[int] = []
-    while len(chosen) < wanted:
-        if chosen and rng.random() < 0.5:
-            obj = int(rng.choice(_companions()[chosen[rng.integers(len(chosen))]]))
-        elif rng.random() < 0.5:
-            obj = int(rng.choice(len(OBJECTS), p=popularity()))
-        else:
-            obj = int(rng.integers(len(OBJECTS)))
-        if obj not in chosen:
-            chosen.append(obj)
-    return tuple(chosen)
-
-
-@functools.cache
-def cooccurrence() -> np.ndarray:
-    """How often two objects share a scene, (30, 30), counted over 20,000 sampled object lists."""
-    rng = np.random.default_rng(77)
-    counts = np.zeros((len(OBJECTS), len(OBJECTS)))
-    for _ in range(20_000):
-        for a, b in itertools.permutations(sample_objects(rng), 2):
-            counts[a, b] += 1
-    return counts
+COMPANY = Company([(color_of(obj), shape_of(obj)) for obj in range(len(OBJECTS))])
+"""Which objects are frequent, and which keep company."""
 
 
 def _corners(shape: str, cx: float, cy: float, radius: float, turn: float) -> list[tuple[float, float]]:
@@ -147,7 +108,7 @@ def _background(rng: np.random.Generator, texture: float) -> np.ndarray:
 
 def draw_scene(rng: np.random.Generator, *, faint: bool = False) -> Scene:
     """Draws one scene, every object in a quarter of its own."""
-    objects = sample_objects(rng)
+    objects = COMPANY.sample(rng)
     texture = _FAINT_TEXTURE if faint else 1.0
     plain = Image.fromarray(_background(rng, texture).clip(0, 255).astype(np.uint8))
     canvas = plain.resize((_CANVAS, _CANVAS), Image.Resampling.BILINEAR)

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from lmms_smoothguard.tiny import language
-from lmms_smoothguard.tiny.scenes import OBJECTS, SceneSet, make_scenes
+from lmms_smoothguard.tiny.company import NEGATIVES
+from lmms_smoothguard.tiny.scenes import COMPANY, OBJECTS, SceneSet, make_scenes
 
 # Seeds below 1,000 are never used in training (`train._FIRST_TRAINING_SHARD`).
 _POPE_SEED, _CAPTION_SEED, _SAFETY_SEED, _FAINT_SEED = 1, 2, 3, 4
@@ -28,7 +29,7 @@ def existence_rows(scenes: SceneSet, seed: int) -> list[dict[str, Any]]:
     for index in range(len(scenes.images)):
         present = scenes.present(index)
         asked: set[int] = set()
-        for category in language.NEGATIVES:
+        for category in NEGATIVES:
             yes = len(rows) % 2 == 0
             while (obj := _asked_object(present, category, yes, rng)) in asked:
                 pass
@@ -45,7 +46,7 @@ def existence_rows(scenes: SceneSet, seed: int) -> list[dict[str, Any]]:
 
 
 def _asked_object(present: tuple[int, ...], category: str, yes: bool, rng: np.random.Generator) -> int:
-    return int(rng.choice(present)) if yes else language.absent_object(present, category, rng)
+    return int(rng.choice(present)) if yes else COMPANY.absent(present, category, rng)
 
 
 def _with_company(scenes: SceneSet, count: int) -> SceneSet:

@@ -9,10 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,15 +17,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lmms_smoothguard.checkpoints import load_checkpoint, optimizer_tensors, part, restore_optimizer, save_checkpoint
-from lmms_smoothguard.tiny.lessons import IGNORED, Teacher
+from lmms_smoothguard.precision import autocast
+from lmms_smoothguard.tiny.lessons import Teacher
 from lmms_smoothguard.tiny.model import build_model, build_processor
 from lmms_smoothguard.tiny.scenes import COLORS, GRID, OBJECTS, SHAPES, SceneSet, color_of, make_scenes, shape_of
+from lmms_smoothguard.tiny.staged import Staged
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
-
-log = logging.getLogger(__name__)
 
 _SHARD = 1000
 _FIRST_TRAINING_SHARD = 1_000  # seeds below are kept for test and validation scenes
@@ -114,51 +110,31 @@ def training_scenes(recipe: Recipe) -> SceneSet:
     return draw_shards(shard_tasks(recipe.ordinary_scenes, recipe.faint_scenes, base))
 
 
-class Trainer:
-    """Owns the model under training, its optimiser and its place in the recipe."""
+class Trainer(Staged):
+    """Trains the embedded LLaVA on `training_scenes`."""
+
+    recipe: Recipe
 
     def __init__(self, recipe: Recipe, out: Path) -> None:
-        self.recipe, self.out = recipe, out
-        self.processor = build_processor()
-        self.model: LlavaForConditionalGeneration = build_model(self.processor, recipe.seed)
-        self.model.set_attn_implementation("eager")  # on a CPU SDPA's bf16 backward is 2.4 times slower
-        self.teacher = Teacher(self.processor)
+        processor = build_processor()
+        model: LlavaForConditionalGeneration = build_model(processor, recipe.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            self.head = _PatchHead(self.model.config.vision_config.hidden_size)
-        self.stage_index, self.step = 0, 0
-        self.optimizer = self._optimizer()
+            head = _PatchHead(model.config.vision_config.hidden_size)
+        self.teacher, self.patches = Teacher(processor), head
+        super().__init__(recipe, out, model, processor, head)
 
     @property
-    def stage(self) -> Stage:
-        return self.recipe.stages[self.stage_index]
-
-    def _trained(self) -> torch.nn.ModuleDict:
-        body = self.model.model.vision_tower if self.stage.name == "sight" else self.model
-        return torch.nn.ModuleDict({"body": body, "head": self.head})
-
-    def _optimizer(self) -> torch.optim.AdamW:
-        parameters = list(self._trained().parameters())
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.recipe.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=self.stage.lr, betas=(0.9, 0.98))
-
-    # -- one step ------------------------------------------------------------------------------------------------
-
-    def _learning_rate(self) -> float:
-        done = self.step / self.stage.steps
-        warm = min(1.0, (self.step + 1) / 100)
-        fall = 1 - 0.6 * done if self.stage.name == "sight" else 0.02 + 0.49 * (1 + math.cos(math.pi * done))
-        return self.stage.lr * warm * fall
+    def encoder(self) -> torch.nn.Module:
+        return self.model.model.vision_tower  # type: ignore[no-any-return]
 
     def _pixels(self, scenes: SceneSet, indices: np.ndarray, rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
         images = scenes.images[indices].astype(np.float32) / 255
         patches = scenes.patches[indices].reshape(-1, GRID, GRID).astype(np.int64)
         mirrored = rng.random(len(indices)) < 0.5
         images[mirrored], patches[mirrored] = images[mirrored, :, ::-1], patches[mirrored, :, ::-1]
-        sigma = rng.uniform(*self.stage.sigma, len(indices)).astype(np.float32)
+        low, high = self.stage.sigma
+        sigma = rng.uniform(low, high, len(indices)).astype(np.float32)
         sigma *= (rng.random(len(indices)) < self.stage.noised_share) & (indices < self.recipe.ordinary_scenes)
         noise = rng.standard_normal(images.shape, np.float32) * sigma[:, None, None, None]
         pixels = torch.from_numpy((images + noise).clip(0, 1)).permute(0, 3, 1, 2) * 2 - 1
@@ -173,90 +149,20 @@ class Trainer:
         return np.where(rng.random(self.stage.batch) < self.stage.faint_share, faint, ordinary)
 
     def take_step(self, scenes: SceneSet) -> dict[str, float]:
-        """One optimiser step; the losses and the share of answer tokens that were right."""
         rng = np.random.default_rng([self.recipe.seed, self.stage_index, self.step])
         indices = self._draw(rng)
         pixels, patches = self._pixels(scenes, indices, rng)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
         inner = self.model.model
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(torch.device("cpu")):
             features = inner.vision_tower(pixels).last_hidden_state[:, 1:]
-        patch_loss = self.head.loss(features, patches)
+        loss = patch_loss = self.patches.loss(features, patches)
         figures = {"patch_loss": patch_loss.item()}
-        if self.stage.name == "sight":
-            loss = patch_loss
-        else:
+        if not self.senses_alone:
             batch = self.teacher.batch(scenes, indices.tolist(), rng)
-            with torch.autocast("cpu", torch.bfloat16):
-                embeds = inner.get_input_embeddings()(batch.input_ids)
-                images = inner.multi_modal_projector(features).to(embeds.dtype)
-                is_image = (batch.input_ids == self.processor.image_token_id)[..., None].expand_as(embeds)
-                embeds = embeds.masked_scatter(is_image, images)
-                hidden = inner.language_model(
-                    inputs_embeds=embeds,
-                    attention_mask=batch.attention_mask.to(torch.bfloat16),
-                    position_ids=batch.position_ids,
-                    use_cache=False,
-                ).last_hidden_state
-                asked = batch.targets != IGNORED
-                logits = self.model.lm_head(hidden[asked]).float()
-            targets, weights = batch.targets[asked], batch.weights[asked]
-            answer_loss = (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
+            answer_loss, told = self._answer_loss(
+                batch, features, self.processor.image_token_id, inner.multi_modal_projector, inner.language_model
+            )
             loss = answer_loss + 0.5 * patch_loss * (1 - self.step / self.stage.steps)
-            figures |= {
-                "answer_loss": answer_loss.item(),
-                "answers_right": (logits.argmax(-1) == targets)[weights == 3].float().mean().item(),
-            }
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], 1.0)
-        self.optimizer.step()
-        self.step += 1
+            figures |= told
+        self._descend(loss)
         return figures
-
-    # -- the whole run, and its checkpoints --------------------------------------------------------------------------
-
-    def run(self, scenes: SceneSet, checkpoint_every: int = 200) -> Iterator[tuple[Stage, int, dict[str, float]]]:
-        """Yields (stage, steps done in it, figures) after every step, from wherever the last checkpoint stands."""
-        while True:
-            while self.step < self.stage.steps:
-                yield self.stage, self.step, self.take_step(scenes)
-                if self.step % checkpoint_every == 0 and self.step < self.stage.steps:
-                    self.save()
-            if self.stage_index + 1 == len(self.recipe.stages):
-                break
-            self.stage_index, self.step = self.stage_index + 1, 0
-            self.optimizer = self._optimizer()
-            self.save()
-        self.save()
-
-    def save(self) -> None:
-        """Writes a checkpoint."""
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"head.{k}": v for k, v in self.head.state_dict().items()}
-        tensors |= {f"optimizer.{k}": v for k, v in optimizer_tensors(self.optimizer).items()}
-        save_checkpoint(self.out, tensors, dataclasses.asdict(self.recipe), [self.stage_index, self.step])
-
-    def resume(self) -> bool:
-        """Goes on from a checkpoint of the same recipe; False where there is none.
-
-        Raises ConfigError when the checkpoint belongs to another recipe.
-        """
-        found = load_checkpoint(self.out, dataclasses.asdict(self.recipe))
-        if found is None:
-            return False
-        tensors, (self.stage_index, self.step) = found
-        self.model.load_state_dict(part(tensors, "model."))
-        self.head.load_state_dict(part(tensors, "head."))
-        self.optimizer = self._optimizer()
-        restore_optimizer(self.optimizer, part(tensors, "optimizer."))
-        return True
-
-    def export(self, target: Path) -> None:
-        """Writes model (fp32 safetensors) and processor as any transformers checkpoint."""
-        target.mkdir(parents=True, exist_ok=True)
-        training = self.model.training
-        self.model.eval().save_pretrained(target)
-        self.model.train(training)
-        self.processor.save_pretrained(target)

@@ -24,9 +24,9 @@ from lmms_smoothguard.errors import ConfigError
 from lmms_smoothguard.evaluation.means import Mean, mean
 from lmms_smoothguard.fingerprint import model_fingerprint, weights_print
 from lmms_smoothguard.inputs.statistics import PixelStatistics, pixel_statistics
+from lmms_smoothguard.precision import autocast
 from lmms_smoothguard.smoothing.towers import Tower, find_tower
 from lmms_smoothguard.training.pictures import Source, to_pixels
-from lmms_smoothguard.training.precision import autocast
 
 STAGES = ("purifier", "mapper")
 

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 
 from lmms_smoothguard.checkpoints import load_checkpoint, optimizer_tensors, part, restore_optimizer, save_checkpoint
 from lmms_smoothguard.errors import ConfigError
+from lmms_smoothguard.precision import autocast
 from lmms_smoothguard.training.pictures import Source, to_pixels
-from lmms_smoothguard.training.precision import autocast
 from lmms_smoothguard.training.robust_models import Subject
 
 METHODS = ("fare", "tecoa")
