@@ -194,7 +194,7 @@ def _started(command: Sequence[str], port: int, path: str = "/health") -> Iterat
 
 def _proxy(engine: str, copies: int) -> contextlib.AbstractContextManager[str]:
     port = _free_port()
-    command = [sys.executable, "-m", "lmms_smoothguard", "proxy", engine, "--port", str(port), "--shortest-side", "keep",
+    command = [sys.executable, "-m", "lmms_smoothguard", "proxy", engine, "--port", str(port), "--seen-as", "keep",
                "--num-samples", str(copies), "--early-stop", "off", "--most-upstream", str(MOST)]  # fmt: skip
     return _started(command, port)
 

@@ -71,8 +71,17 @@ def disable() -> None:
             override.uninstall()
 
 
-def enabled() -> bool:
-    """Whether the override is in place, or will be as soon as transformers is imported."""
+def enabled(model: Any = None) -> bool:
+    """Whether the override is in place, or will be as soon as transformers is imported.
+
+    With a model, or torch.compile's, PEFT's or a data-parallel wrapper of one: whether its `generate` is ours, so that what a defence is
+    asked for is defended or refused. False where the override is out, and where a `generate` that is not ours stands in the way: one that
+    was put into the model or its class after the override was (`model.generate = ...`, `Cls.generate = ...`), even if it calls ours in
+    the end; one on a model that was hidden by `gc.freeze()` when the override came; none at all.
+    """
+    if model is not None:
+        reaches: bool = importlib.import_module("hf_integration.override").reaches(model)
+        return reaches
     if _enabled and "transformers.generation.utils" in sys.modules:
         return _loaded() and importlib.import_module("hf_integration.override").installed()
     return _enabled

@@ -24,11 +24,11 @@ def attach(model: Any, processor: Any) -> None:
     tokenizer = getattr(processor, "tokenizer", processor if hasattr(processor, "batch_decode") else None)
     for sentence in misfits(model, tokenizer, image_processor):
         log.warning("%s", sentence)
-    for one in _with_wrapped(model):
+    for one in with_wrapped(model):
         _attached[one] = (tokenizer, image_processor)
 
 
-def _with_wrapped(model: Any) -> Iterator[Any]:
+def with_wrapped(model: Any) -> Iterator[Any]:
     """A model and those inside it whose `generate` answers for it: torch.compile's, PEFT's and data-parallel wrappers."""
     while model is not None:
         yield model

@@ -5,14 +5,17 @@ Nothing here imports transformers when it is loaded: the override may be what is
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from hf_integration.attached import attachments
 from hf_integration.observing import watchers
+from hf_integration.streaming import told_aside
+from hf_integration.wrapping import ORIGINAL, is_ours
 from lmms_smoothguard import plugins
 from lmms_smoothguard.choice import Choice, choose
 from lmms_smoothguard.defenses.request import Defended, Request
@@ -74,11 +77,24 @@ def _handled() -> list[tuple[Any, Any, str]]:
     return _thread.handled  # type: ignore[no-any-return]
 
 
-def is_part_of_a_call(model: Any, original: Any) -> bool:
+@contextlib.contextmanager
+def _aside() -> Iterator[None]:
+    """Within it, this thread is in no call."""
+    before, _thread.handled = _handled(), []
+    try:
+        yield
+    finally:
+        _thread.handled = before
+
+
+def is_part_of_a_call(model: Any, original: Any, asked: Any = None) -> bool:
     """Whether a call belongs to one that this thread is in: `super().generate()`, and whatever a model calls of itself and of
-    the models inside it while its copies are answered. Any other call is a request of its own."""
+    the models inside it while its copies are answered. Any other call is a request of its own, and so is every one that has a
+    `smoothguard` of its own (`asked`), which models do not pass on, and every one from within a call without a defence."""
+    if asked is not None:
+        return False
     for outer, called, state in _handled():
-        if outer is model and (state != _TEXT or called is not original):
+        if outer is model and state != _OFF and (state != _TEXT or called is not original):
             return True
         if state == _DEFENDING and any(part is model for part in outer.modules()):
             return True
@@ -99,22 +115,24 @@ def bind(signature: inspect.Signature, model: Any, args: tuple[Any, ...], kwargs
     return bound
 
 
-def generate_defended(model: Any, settings: Any, /, **kwargs: Any) -> Any:
-    """`model.generate(**kwargs, smoothguard=settings)`, from within a call of it: what an exported `custom_generate` does.
+def generate_defended(model: Any, settings: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """`model.generate(*args, **kwargs, smoothguard=settings)`, from within a call of it: what an exported `custom_generate` does.
 
-    A `smoothguard` among the arguments is the caller's own, and goes before. Within a call that is defended already, or that asked for
-    no defence, nothing is defended. Raises what `generate` raises.
+    A `smoothguard` among the arguments is the caller's own, and changes the settings or switches them off. Without one, nothing is
+    defended within a call that is defended already, or that asked for no defence. Raises what `generate` raises.
     """
     method = type(model).generate
-    original = getattr(method, "__smoothguard_original__", method)
-    kwargs.setdefault("smoothguard", settings)
+    original = getattr(method, ORIGINAL) if is_ours(method) else method
+    asked = kwargs.pop("smoothguard", None)
+    given = dict(kwargs)
 
     def plain() -> Any:
-        return original(model, **{name: value for name, value in kwargs.items() if name != "smoothguard"})
+        return original(model, *args, **given)
 
-    if any(outer is model and state in (_DEFENDING, _PLAIN) for outer, _, state in _handled()):
+    if asked is None and any(outer is model and state in (_DEFENDING, _PLAIN) for outer, _, state in _handled()):
         return plain()
-    return handle(model, original, lambda: bind(inspect.signature(original), model, (), kwargs), plain)
+    kwargs["smoothguard"] = settings if asked is None else choose(asked, choose(settings)) or False
+    return handle(model, original, lambda: bind(inspect.signature(original), model, args, kwargs), plain)
 
 
 def handle(model: Any, original: Any, arguments_of: Callable[[], dict[str, Any]], plain: Callable[[], Any]) -> Any:
@@ -129,6 +147,8 @@ def handle(model: Any, original: Any, arguments_of: Callable[[], dict[str, Any]]
         if choice is None:
             handled[depth] = (model, original, _OFF if asked is None else _PLAIN)
             return plain()
+        if arguments.get("streamer") is not None:
+            arguments["streamer"] = told_aside(arguments["streamer"], _aside)
         tokenizer, image_processor = attachments(model)
         request = Request(
             model,

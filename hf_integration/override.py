@@ -1,12 +1,13 @@
 """The override of `generate`: what is put in place of transformers' own, and taken out again.
 
-It wraps `GenerationMixin.generate` and every subclass's own `generate`, loaded already or later. `custom_generate` is
-the wrong seam: most multimodal models have encoded their images and dropped the pixels before it runs.
+It wraps `GenerationMixin.generate` and every subclass's own `generate`, loaded already or later, and refuses a model's own, which
+hangs on the instance. `custom_generate` is the wrong seam: most multimodal models have encoded their images and dropped the pixels
+before it runs.
 """
 
 from __future__ import annotations
 
-import functools
+import gc
 import inspect
 import sys
 import threading
@@ -18,31 +19,34 @@ from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.utils import GenerationMixin
 
 import hf_integration
+from hf_integration.attached import with_wrapped
 from hf_integration.calls import bind, handle, is_part_of_a_call
-from hf_integration.refusing import bringing_its_own, bypassing, standing_apart
+from hf_integration.refusing import allow_own_code, bringing_its_own, bypassing, refuse_own_code, standing_apart
+from hf_integration.wrapping import around, is_exported, is_ours, posing_as
 from lmms_smoothguard.choice import Choice, choose
 from lmms_smoothguard.config import SmoothGuardConfig
 
 _UNSET: Any = object()
 _lock = threading.RLock()
-_originals: list[tuple[type, str, Any]] = []  # (class, attribute, what stood there); _UNSET: nothing did
+_originals: list[tuple[type, str, Any, Any]] = []  # (class, attribute, what stood there, ours); _UNSET: nothing did
 
 
 def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
-    @functools.wraps(original)
+    @posing_as(original)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_part_of_a_call(self, original):
+        if not _originals:  # somebody kept this function; the override is out
             return original(self, *args, **kwargs)
 
         def plain() -> Any:
             kwargs.pop("smoothguard", None)
             return original(self, *args, **kwargs)
 
+        if is_part_of_a_call(self, original, kwargs.get("smoothguard")):
+            return plain()
         return handle(self, original, lambda: bind(signature, self, args, kwargs), plain)
 
-    generate.__smoothguard_original__ = original  # type: ignore[attr-defined]
     return generate
 
 
@@ -65,28 +69,27 @@ class _ConfigField:
 
 
 def _replace(owner: type, name: str, value: Any) -> None:
-    _originals.append((owner, name, owner.__dict__.get(name, _UNSET)))
+    _originals.append((owner, name, owner.__dict__.get(name, _UNSET), value))
     setattr(owner, name, value)
 
 
-def _wrap_own_generate(owner: type) -> None:
+def _wrap_own_generate(owner: type, wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = _wrapped) -> None:
     own = owner.__dict__.get("generate")
-    if inspect.isfunction(own) and not hasattr(own, "__smoothguard_original__"):
-        _replace(owner, "generate", _wrapped(own))
+    if (callable(own) or hasattr(type(own), "__get__")) and not is_ours(own):
+        _replace(owner, "generate", around(own, wrap))
 
 
 def _guard(cls: type) -> None:
     """Reaches a `generate` that a model class has from neither GenerationMixin nor itself: another mixin's."""
     owner = next((base for base in cls.__mro__ if "generate" in base.__dict__), None)
-    own = None if owner is None else owner.__dict__["generate"]
-    if owner is not None and inspect.isfunction(own) and not hasattr(own, "__smoothguard_original__"):
-        _replace(owner, "generate", (_wrapped if issubclass(cls, GenerationMixin) else standing_apart)(own))
+    if owner is not None:
+        _wrap_own_generate(owner, _wrapped if issubclass(cls, GenerationMixin) else standing_apart)
 
 
 def _guard_models() -> None:
     """Every model class, those there are and those to come; nothing where the module of models is not imported yet."""
     base: Any = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
-    if base is None or any(owner is base for owner, _, _ in _originals):
+    if base is None or any(owner is base for owner, *_ in _originals):
         return
     pending = [base]
     while pending:
@@ -137,18 +140,39 @@ def install() -> None:
 
         _replace(GenerationMixin, "__init_subclass__", classmethod(__init_subclass__))
         _guard_models()
+        for model in _living():
+            refuse_own_code(model)
+
+
+def _living() -> list[Any]:
+    """The models that there are, told by their type alone: other objects may do things when they are asked for an attribute."""
+    if not GenerationMixin.__subclasses__():
+        return []
+    return [found for found in gc.get_objects() if issubclass(type(found), GenerationMixin)]
 
 
 def installed() -> bool:
     """Whether the override stands."""
-    return hasattr(GenerationMixin.generate, "__smoothguard_original__")
+    return is_ours(GenerationMixin.generate)
+
+
+def reaches(model: Any) -> bool:
+    """Whether the `generate` that a model, or a wrapper of one, would call now is ours."""
+    layers = list(with_wrapped(model))
+    hanging = [vars(layer)["generate"] for layer in layers if "generate" in getattr(layer, "__dict__", {})]
+    called = hanging[0] if hanging else inspect.getattr_static(type(layers[-1]), "generate", None)
+    return is_exported(called) or (installed() and is_ours(called))
 
 
 def uninstall() -> None:
-    """Puts back what stood there before, in reverse order."""
+    """Puts back what stood there before, in reverse order, but not in place of what somebody has put there since."""
     with _lock:
+        for model in _living():
+            allow_own_code(model)
         while _originals:
-            owner, name, original = _originals.pop()
+            owner, name, original, ours = _originals.pop()
+            if owner.__dict__.get(name) is not ours:
+                continue
             if original is _UNSET:
                 delattr(owner, name)
             else:

@@ -89,6 +89,14 @@ class SmoothGuardConfig:
         return cls(embedder="roberta-base")
 
 
+def check_vote(config: SmoothGuardConfig) -> None:
+    """Raises ConfigError for what measurements may ask for, to compare with, but defends nothing: one answer, or equal copies."""
+    if config.num_samples < 2:
+        raise ConfigError(f"num_samples is {config.num_samples}; expected at least 2, for one answer is no vote")
+    if config.sigma == 0:
+        raise ConfigError(f"sigma is {config.sigma}; expected more, for equal copies defend nothing")
+
+
 def parse_scalar(text: Any) -> Any:
     """What a command line's `key=value` means: none, true / false, a number, a fraction such as 8/255, else the text."""
     if not isinstance(text, str):

@@ -1,11 +1,13 @@
 """`smoothguard export`: generation code that defends by itself, in the form that transformers loads from a directory or a hub.
 
 `model.generate(**inputs, custom_generate="<dir>", trust_remote_code=True)` needs no import of ours; and a model's directory with it inside
-loads as a model whose own `generate` is defended.
+loads, with trust_remote_code=True, as a model whose own `generate` is defended. Loaded otherwise, or saved again, it has left that code
+behind: so the defence stands in its generation config too, for processes that import hf_integration.
 """
 
 from __future__ import annotations
 
+import json
 import pprint
 import shutil
 from pathlib import Path
@@ -33,13 +35,13 @@ import importlib
 SETTINGS = {settings}
 
 
-def generate(model, **arguments):
+def generate(*unnamed, model, **arguments):
     """As `model.generate`, defended. Raises ImportError without lmms-smoothguard."""
     try:
         hf_integration = importlib.import_module("hf_integration")
     except ImportError as error:
         raise ImportError("this generation code needs lmms-smoothguard; pip install lmms-smoothguard") from error
-    return hf_integration.generate_defended(model, SETTINGS, **arguments)
+    return hf_integration.generate_defended(model, SETTINGS, *unnamed, **arguments)
 
 
 generate.__smoothguard_export__ = True
@@ -49,12 +51,14 @@ generate.__smoothguard_export__ = True
 def write_export(out: Path, defense: Choice, model: str | None = None) -> Path:
     """Writes `out/custom_generate`, beside a copy of the model (a directory or hub id) where one is named.
 
-    Raises ConfigError for a directory that holds anything already, and a model that cannot be had or has no safetensors weights.
+    The copy's generation config asks for the defence. Raises ConfigError for a directory that holds anything already, and a model that
+    cannot be had, has no safetensors weights or a generation config that cannot be read.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is there already; expected a new or an empty directory")
     if model is not None:
         _copy_model(model, out)
+        _ask_for(defense, out)
     folder = out / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     settings = pprint.pformat(defense.to_dict(), sort_dicts=False, width=100)
@@ -82,6 +86,25 @@ def _copy_model(model: str, out: Path) -> None:
         )
 
 
+def _ask_for(defense: Choice, out: Path) -> None:
+    """Writes the defence into a model's generation config, whose other fields stay."""
+    file = out / "generation_config.json"
+    if not file.is_file():  # else transformers would no longer look for them in the model's own config
+        from transformers import GenerationConfig
+
+        found = GenerationConfig.from_pretrained(out, config_file_name="config.json", _from_model_config=True)
+        found.to_json_file(file)
+    try:
+        fields = json.loads(file.read_text())
+        fields["smoothguard"] = defense.to_dict()
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"the model's generation_config.json is unreadable ({error}); expected a JSON object"
+        ) from error
+    fields.pop("_from_model_config", None)  # which has them derived anew when the model is saved, without the defence
+    file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+
 def export(
     out: Annotated[Path, typer.Argument(help="A new directory, to be used as it is or uploaded to a hub.")],
     model: Annotated[
@@ -99,3 +122,7 @@ def export(
     typer.echo(f"written to {folder}; use it with\n  {call}")
     if model is not None:
         typer.echo(f"or load the model with it inside\n  AutoModelForImageTextToText.{load}")
+        typer.echo(
+            "Loaded without trust_remote_code=True, or saved again, it answers UNDEFENDED and says nothing, unless the process imports "
+            "hf_integration: then its generation_config.json is heeded, which asks for the same defence."
+        )

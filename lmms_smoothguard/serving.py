@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from lmms_smoothguard.choice import Choice, choose, field_names
-from lmms_smoothguard.config import parse_scalar
+from lmms_smoothguard.config import SmoothGuardConfig, check_vote, parse_scalar
 from lmms_smoothguard.errors import ConfigError
 
 _DEFENSE = "The defence"
@@ -37,7 +37,10 @@ def serve(
 
 
 def choice_of(defense: str, settings: list[str]) -> Choice:
-    """A defence that serves, from FIELD=VALUE settings; its noise is drawn afresh unless they say otherwise. Raises ConfigError."""
+    """A defence that serves, from FIELD=VALUE settings; its noise is drawn afresh unless they say otherwise.
+
+    Raises ConfigError, for settings that defend nothing too.
+    """
     fields: dict[str, Any] = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
@@ -48,4 +51,6 @@ def choice_of(defense: str, settings: list[str]) -> Choice:
     found = choose({"defense": defense, **fresh, **fields})
     if found is None:
         raise ConfigError(f"defense is {defense!r}; expected one to serve with")
+    if isinstance(found.config, SmoothGuardConfig):
+        check_vote(found.config)
     return found

@@ -1,16 +1,22 @@
-"""What people put around `generate`: pipelines, stop strings, caches, compiled, adapted, placed and half-precision models."""
+"""What people put around `generate`: pipelines, stop strings, caches, compiled, adapted, placed and half-precision models, questions
+from within a call, and functions of their own in its place."""
 
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from transformers import GenerationMixin
 
 import hf_integration
 from lmms_smoothguard.defenses.request import SmoothGuardOutput
+from lmms_smoothguard.errors import UndefendableError
 from lmms_smoothguard.tiny.model import MODEL_DIR
 
 PIXEL = {"sigma": 0.2, "noise_space": "pixel"}
@@ -236,3 +242,278 @@ def test_verdicts_are_plain_values(llava, batch):
         verdict = answer(model, batch(0), config)[1][0]
         assert isinstance(verdict, SmoothGuardOutput)
         assert hash(verdict) == hash(copy.deepcopy(verdict))
+
+
+# -- questions from within a call --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outer", [PIXEL, False, None, "text"])
+def test_whoever_names_the_defence_gets_it_from_within_any_call(llava, batch, outer):
+    """Stopping criteria ask the same model about other pictures, and those of that call ask once more: every one is answered once."""
+    model, processor = llava
+    asked = []
+
+    def criterion(depth):
+        def ask(ids, scores, **kwargs):
+            if len(asked) < depth:
+                asked.append(None)
+                further = [criterion(depth + 1)] if depth < 3 else None
+                out = model.generate(
+                    **batch(depth),
+                    max_new_tokens=2,
+                    smoothguard=PIXEL | {"num_samples": 2 + depth},
+                    return_dict_in_generate=True,
+                    stopping_criteria=further,
+                )
+                asked[depth - 1] = len(out.smoothguard[0].candidates)
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+        return ask
+
+    inputs = batch(0) if outer != "text" else processor(text="Describe", return_tensors="pt")
+    config = True if outer == "text" else outer
+    with hf_integration.observe() as seen:
+        model.generate(**inputs, max_new_tokens=2, smoothguard=config, stopping_criteria=[criterion(1)])
+    assert asked == [3, 4, 5]
+    assert seen.defended == 3 + (outer == PIXEL)
+
+
+def test_a_generation_config_that_names_the_defence_counts_from_within_a_call_without_one(llava, batch):
+    from transformers import GenerationConfig
+
+    model, _ = llava
+    config = GenerationConfig(max_new_tokens=2, smoothguard={"num_samples": 3}, return_dict_in_generate=True)
+    asked = []
+
+    def ask(ids, scores, **kwargs):
+        if not asked:
+            asked.append(model.generate(**batch(1), generation_config=config))
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    model.generate(**batch(0), max_new_tokens=2, stopping_criteria=[ask])
+    assert len(asked[0].smoothguard[0].candidates) == 3
+
+
+class Asking:
+    """A streamer that asks a new question when it is told of a token, or of the end."""
+
+    def __init__(self, when, ask):
+        self.when, self.ask, self.answers = when, ask, []
+
+    def put(self, value):
+        if self.when == "put" and not self.answers:
+            self.answers.append(self.ask())
+
+    def end(self):
+        if self.when == "end":
+            self.answers.append(self.ask())
+
+
+@pytest.mark.parametrize("when", ["put", "end"])
+@pytest.mark.parametrize("config", [*LEVELS, {"defense": "feature_smoothing", "num_samples": 2}])
+def test_what_a_streamer_asks_is_a_request_of_its_own(llava, batch, config, when):
+    model, _ = llava
+    model.generation_config.smoothguard = config
+
+    def ask():
+        with hf_integration.observe() as seen:
+            model.generate(**batch(1), max_new_tokens=2)
+        return seen.defended
+
+    streamers = [Asking(when, ask) for _ in range(2)]
+    model.generate(**batch(0), max_new_tokens=2, streamer=streamers[0])
+    assert streamers[0].answers == [1]
+    if config in LEVELS:  # a streamer a row
+        model.generate(**batch(0, 2), max_new_tokens=2, streamer=streamers[1:] + streamers[1:])
+        assert set(streamers[1].answers) == {1}
+
+
+# -- functions of their own in its place -------------------------------------------------------------------------------
+
+
+def test_what_stands_in_place_of_generate_looks_like_it_and_hands_nothing_undefended_out(llava):
+    model, _ = llava
+    shown = inspect.signature(model.generate)
+    for function in (GenerationMixin.generate, GenerationMixin.generate_batch):
+        assert not hasattr(function, "__wrapped__")
+        assert inspect.unwrap(function) is function
+    name, doc = model.generate.__name__, model.generate.__doc__
+    hf_integration.disable()
+    try:
+        assert shown == inspect.signature(model.generate)
+        assert (name, doc) == (model.generate.__name__, model.generate.__doc__)
+    finally:
+        hf_integration.enable()
+
+
+def test_a_way_past_generate_is_refused_where_its_call_asks_for_the_defence(llava):
+    from hf_integration.refusing import bypassing
+
+    method = bypassing(lambda self, inputs, **kwargs: (inputs, kwargs), "generate_batch")
+    assert method(llava[0], [[1]], warmup=False, smoothguard=None) == ([[1]], {"warmup": False})
+    with pytest.raises(UndefendableError, match="bypasses"):
+        method(llava[0], [[1]], smoothguard=True)
+
+
+OWN_CODE = "def generate(model, **arguments):\n    return [model, arguments]\n"
+
+
+@pytest.fixture
+def with_own_code(tmp_path):
+    """Loads the embedded model with generation code of its own beside it."""
+    from transformers import AutoModelForImageTextToText
+
+    where = tmp_path / "with_own_code"
+    shutil.copytree(MODEL_DIR, where)
+    (where / "custom_generate").mkdir()
+    (where / "custom_generate" / "generate.py").write_text(OWN_CODE)
+    yield lambda: AutoModelForImageTextToText.from_pretrained(where, trust_remote_code=True)
+    hf_integration.enable()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_generation_code_on_the_instance_is_refused_whenever_it_was_loaded(with_own_code, batch, when):
+    if when == "before":
+        hf_integration.disable()
+    model = with_own_code()
+    own = vars(model)["generate"]
+    assert hf_integration.enabled(model) == (when == "after")
+    hf_integration.enable()
+    assert hf_integration.enabled(model)
+    inputs = dict(batch(0))
+    assert model.generate(**inputs, smoothguard=None) == [model, inputs]
+    with pytest.raises(UndefendableError, match="generation code of its own"):
+        model.generate(**inputs, smoothguard=True)
+    hf_integration.force(PIXEL)
+    try:
+        with pytest.raises(UndefendableError, match="generation code of its own"):
+            model.generate(**inputs, smoothguard=False)
+    finally:
+        hf_integration.force(None)
+    model.generation_config.smoothguard = PIXEL
+    for call in ({}, {"smoothguard": None}):
+        with pytest.raises(UndefendableError, match="generation code of its own"):
+            model.generate(**inputs, **call)
+    assert model.generate(**inputs, smoothguard=False) == [model, inputs]
+    model.generation_config.smoothguard = None
+    other = copy.deepcopy(model)
+    assert other.generate()[0] is other
+    hf_integration.disable()
+    assert not hf_integration.enabled(model)
+    assert isinstance(vars(model)["generate"], functools.partial)
+    assert when == "after" or vars(model)["generate"] is own
+    assert isinstance(vars(other)["generate"], functools.partial)
+
+
+class Lookup:
+    """A descriptor of its own kind."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __get__(self, model, owner=None):
+        return self if model is None else functools.partial(self.function, model)
+
+
+class Callable:
+    """No descriptor: it is called without the model, and has one of its own."""
+
+    def __init__(self, function):
+        self.function, self.model = function, None
+
+    def __call__(self, **kwargs):
+        return self.function(self.model, **kwargs)
+
+
+WAYS = {
+    "partialmethod": lambda plain, holder: functools.partialmethod(plain, max_new_tokens=3),
+    "wraps": lambda plain, holder: functools.wraps(GenerationMixin.generate)(
+        lambda self, **kwargs: plain(self, **kwargs)
+    ),
+    "property": lambda plain, holder: property(lambda self: functools.partial(plain, self)),
+    "descriptor": lambda plain, holder: Lookup(plain),
+    "static": lambda plain, holder: staticmethod(lambda **kwargs: plain(holder.model, **kwargs)),
+    "class": lambda plain, holder: classmethod(lambda cls, **kwargs: plain(holder.model, **kwargs)),
+    "callable": lambda plain, holder: holder,
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("way", WAYS)
+def test_whatever_a_class_has_as_generate_is_defended(trained, batch, way, when):
+    from transformers import LlavaForConditionalGeneration
+
+    plain = GenerationMixin.generate.__smoothguard_original__
+    holder = Callable(plain)
+    if when == "before":
+        hf_integration.disable()
+    try:
+        stood = WAYS[way](plain, holder)
+        kind = type("LlavaForConditionalGeneration", (LlavaForConditionalGeneration,), {"generate": stood})
+        hf_integration.enable()
+        holder.model = model = kind.from_pretrained(MODEL_DIR).eval()
+        hf_integration.attach(model, trained[1])
+        assert hf_integration.enabled(model)
+        few = {"max_new_tokens": 3, "return_dict_in_generate": True}
+        with hf_integration.observe() as seen:
+            out = model.generate(**batch(0), **few, smoothguard=PIXEL | {"num_samples": 3})
+        assert (seen.defended, len(out.smoothguard[0].candidates)) == (1, 3)
+        if way in ("static", "class"):  # which have no model when they are called so
+            assert not hasattr(kind.generate(**batch(0), **few), "smoothguard")
+        assert not hasattr(model.generate(**batch(0), **few), "smoothguard")
+    finally:
+        hf_integration.disable()
+        assert kind.__dict__["generate"] is stood
+        hf_integration.enable()
+
+
+def test_arguments_that_a_class_gives_generate_are_seen_by_the_defence(trained, batch):
+    from transformers import LlavaForConditionalGeneration
+
+    several = functools.partialmethod(
+        GenerationMixin.generate.__smoothguard_original__, num_return_sequences=2, num_beams=2, max_new_tokens=2
+    )
+    kind = type("LlavaForConditionalGeneration", (LlavaForConditionalGeneration,), {"generate": several})
+    model = kind.from_pretrained(MODEL_DIR).eval()
+    assert len(model.generate(**batch(0))) == 2
+    with pytest.raises(UndefendableError, match="num_return_sequences is 2"):
+        model.generate(**batch(0), smoothguard=PIXEL)
+
+
+def test_whether_a_models_generate_is_ours(trained):
+    """The ways that no override sees, and wrappers that hand on."""
+    from transformers import LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(MODEL_DIR)
+    wrapped = torch.compile(model, backend="eager"), torch.nn.DataParallel(model)
+    assert all(map(hf_integration.enabled, (model, *wrapped)))
+    model.generate = functools.partial(model.generate, max_new_tokens=3)
+    assert all(map(hf_integration.enabled, (model, *wrapped)))  # it is ours inside
+    model.generate = functools.wraps(type(model).generate)(lambda *args, **kwargs: "plain")
+    assert not any(map(hf_integration.enabled, (model, *wrapped)))
+    del model.generate
+    kind = type("LlavaForConditionalGeneration", (LlavaForConditionalGeneration,), {"generate": lambda self: "plain"})
+    other = kind.from_pretrained(MODEL_DIR)
+    assert hf_integration.enabled(other)
+    kind.generate = mine = lambda self: "another"
+    assert not hf_integration.enabled(other)
+    assert hf_integration.enabled(model)
+    assert not hf_integration.enabled(torch.nn.Linear(1, 1))  # it has none
+    hf_integration.disable()
+    try:
+        assert kind.__dict__["generate"] is mine  # what was put there since stays
+        assert not hf_integration.enabled(model)
+    finally:
+        hf_integration.enable()
+
+
+def test_a_function_of_ours_that_somebody_kept_does_nothing_once_the_override_is_out(llava, batch):
+    model, _ = llava
+    kept = model.generate
+    model.generation_config.smoothguard = PIXEL
+    hf_integration.disable()
+    try:
+        out = kept(**batch(0), max_new_tokens=2, return_dict_in_generate=True)
+    finally:
+        hf_integration.enable()
+    assert not hasattr(out, "smoothguard")

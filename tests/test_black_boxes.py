@@ -16,6 +16,7 @@ from PIL import Image
 from serving import Faulty, served, transformers_server
 
 from lmms_smoothguard.aggregation.verdict import aggregate
+from lmms_smoothguard.blackbox.pictures import Sight
 from lmms_smoothguard.choice import choose
 from lmms_smoothguard.errors import ConfigError, UndefendableError
 from lmms_smoothguard.harness.lmms_eval.black_boxes import _Asked, is_failure
@@ -65,7 +66,7 @@ def question(body):
     return "".join(part["text"] for part in body["messages"][-1]["content"] if part["type"] == "text")
 
 
-DEFENDED = {"num_samples": 5, "sigma": 0.2, "shortest_side": "keep"}
+DEFENDED = {"num_samples": 5, "sigma": 0.2, "seen_as": "keep"}
 
 
 @pytest.mark.parametrize("wrapper", ["openai", "async_openai"])
@@ -170,17 +171,17 @@ def counted(sample):
 @pytest.mark.parametrize(
     ("model_args", "message"),
     [
-        ({}, "shortest_side is None"),
-        ({"shortest_side": "large"}, "shortest_side is 'large'"),
-        ({"shortest_side": 336, "noise_space": "normalized"}, "noise_space is 'normalized'"),
-        ({"shortest_side": 336, "level": "token"}, "level is 'token'"),
-        ({"shortest_side": 336, "embedder": "model"}, "embedder is 'model'"),
-        ({"shortest_side": 336, "num_samples": 1}, "num_samples is 1"),
-        ({"shortest_side": 336, "defense": "feature_smoothing"}, "acts inside of a model"),
-        ({"shortest_side": 336, "attack": "pgd"}, "has no model inside"),
-        ({"shortest_side": 336, "vision_tower": "tiny-fare"}, "has no model inside"),
-        ({"shortest_side": 336, "sigmma": 0.1}, "did you mean 'sigma'"),
-        ({"shortest_sid": 336}, "shortest_side"),
+        ({}, "seen_as is None"),
+        ({"seen_as": "large"}, "seen_as is 'large'"),
+        ({"seen_as": 336, "noise_space": "normalized"}, "noise_space is 'normalized'"),
+        ({"seen_as": 336, "level": "token"}, "level is 'token'"),
+        ({"seen_as": 336, "embedder": "model"}, "embedder is 'model'"),
+        ({"seen_as": 336, "num_samples": 1}, "num_samples is 1"),
+        ({"seen_as": 336, "defense": "feature_smoothing"}, "acts inside of a model"),
+        ({"seen_as": 336, "attack": "pgd"}, "has no model inside"),
+        ({"seen_as": 336, "vision_tower": "tiny-fare"}, "has no model inside"),
+        ({"seen_as": 336, "sigmma": 0.1}, "did you mean 'sigma'"),
+        ({"seen_a": 336}, "seen_as"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_anything_is_asked(between, model_args, message):
@@ -218,7 +219,7 @@ def test_copies_have_the_pictures_places_and_sizes(simple):
 
     media = [SMALL, SMALL.resize((100, 200))]
     wrapper, request = request_of(media if simple else [{"type": "image", "url": one} for one in media], simple)
-    asked = _Asked(wrapper, request, DEFENSE, 50)
+    asked = _Asked(wrapper, request, DEFENSE, Sight(50))
     assert list(asked.next_copies()) == [0, 1, 2]
     clean, noisy = images_of(wrapper, asked.copy(0)), images_of(wrapper, asked.copy(1))
     assert [one.size for one in clean] == [one.size for one in noisy] == [(40, 20), (50, 100)]
@@ -229,9 +230,18 @@ def test_copies_have_the_pictures_places_and_sizes(simple):
 
 
 @pytest.mark.parametrize("simple", [True, False])
+def test_a_picture_that_would_be_squeezed_is_refused_before_anything_is_asked(simple):
+    strip = SMALL.resize((400, 20))
+    wrapper, request = request_of([strip] if simple else [{"type": "image", "url": strip}], simple)
+    with pytest.raises(UndefendableError, match="400 x 20"):
+        _Asked(wrapper, request, DEFENSE, Sight(20))
+    assert next(iter(_Asked(wrapper, request, DEFENSE, Sight(size=(24, 24))).next_copies())) == 0
+
+
+@pytest.mark.parametrize("simple", [True, False])
 def test_requests_without_media_are_asked_once_as_they_are(simple):
     wrapper, request = request_of([], simple)
-    asked = _Asked(wrapper, request, DEFENSE, None)
+    asked = _Asked(wrapper, request, DEFENSE, Sight())
     assert list(asked.next_copies()) == [0]
     assert asked.copy(0) is request
     asked.add(0, "Fine.", TokenCounts(3, 2))
@@ -248,13 +258,13 @@ def test_media_that_are_no_pictures_are_refused(simple):
         parts = media if simple else [{"type": "image" if one is SMALL else "video", "url": one} for one in media]
         wrapper, request = request_of(parts, simple)
         with pytest.raises(UndefendableError, match=r"t\[0\] has"):
-            _Asked(wrapper, request, DEFENSE, None)
-        _Asked(wrapper, request, None, None)  # without a defence it is upstream's business
+            _Asked(wrapper, request, DEFENSE, Sight())
+        _Asked(wrapper, request, None, Sight())  # without a defence it is upstream's business
 
 
 def test_token_counts_are_those_of_all_copies():
     wrapper, request = request_of([SMALL], True)
-    asked = _Asked(wrapper, request, DEFENSE, None)
+    asked = _Asked(wrapper, request, DEFENSE, Sight())
     for copy, counts in enumerate((TokenCounts(10, 1), None, TokenCounts(10, 3, 2))):
         asked.add(copy, "Yes", counts)
     found = asked.result().token_counts

@@ -310,9 +310,14 @@ def test_a_task_that_asks_for_what_cannot_be_is_refused(tmp_path, line, said):
         evaluated(["bad"], tmp_path, manager=manager, limit=1, defense="none")
 
 
-def test_answers_of_a_cache_are_no_answers_under_attack(tmp_path):
-    with pytest.raises(AttackError, match="--use_cache"):
-        evaluated(["shapes_pope_pgd"], tmp_path, limit=1, use_cache=str(tmp_path / "answers"))
+@pytest.mark.parametrize("task, arguments", [
+    ("shapes_pope_pgd", {"defense": "none"}), ("shapes_pope", {"sigma": 0.2}), ("shapes_pope", {"defense": "none", "vision_tower": "tiny-fare"}),
+])  # fmt: skip
+def test_answers_of_a_cache_are_refused_where_its_key_does_not_tell_them_apart(tmp_path, task, arguments):
+    cache = str(tmp_path / "answers")
+    evaluated(["shapes_pope"], tmp_path, limit=1, use_cache=cache, defense="none")  # plain answers may be kept
+    with pytest.raises(ConfigError, match="--use_cache"):
+        evaluated([task], tmp_path, limit=1, use_cache=cache, **arguments)
 
 
 def test_rows_without_a_picture_are_left_out_and_counted(wrapper, images):

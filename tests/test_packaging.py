@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -41,6 +42,43 @@ def test_hf_integration_before_or_after_transformers():
            "assert not hasattr(GenerationMixin.generate, '__smoothguard_original__')")  # fmt: skip
     python("import hf_integration; hf_integration.disable(); from transformers import GenerationMixin; "
            "assert not hasattr(GenerationMixin.generate, '__smoothguard_original__')")  # fmt: skip
+
+
+LOADED_BEFORE = """
+import functools, torch
+from transformers import AutoModelForImageTextToText, GenerationMixin, LlavaForConditionalGeneration
+
+class LlavaForConditionalGeneration(LlavaForConditionalGeneration):
+    generate = functools.partialmethod(GenerationMixin.generate, max_new_tokens=2)
+
+class Neighbour:
+    def __getattribute__(self, name):
+        print("asked for", name)
+        return super().__getattribute__(name)
+
+neighbour = Neighbour()
+own = AutoModelForImageTextToText.from_pretrained({own!r}, trust_remote_code=True)
+partial = LlavaForConditionalGeneration.from_pretrained({plain!r})
+import hf_integration
+ids = torch.tensor([[1] + [partial.config.image_token_id] * 64 + [5]])
+request = dict(input_ids=ids, pixel_values=torch.zeros(1, 3, 64, 64), return_dict_in_generate=True)
+hf_integration.force({{"num_samples": 3}})
+try:
+    print(own.generate(**request))
+except ValueError as error:
+    print(type(error).__name__)
+print(len(partial.generate(**request).smoothguard[0].candidates))
+"""
+
+
+def test_models_loaded_before_hf_integration_are_defended_or_refused(tmp_path):
+    """Those with generation code of their own on the instance, and odd things in their class; no other object is touched."""
+    own = tmp_path / "own_code"
+    shutil.copytree(ROOT / "lmms_smoothguard" / "tiny" / "llava", own)
+    (own / "custom_generate").mkdir()
+    (own / "custom_generate" / "generate.py").write_text("def generate(model, **arguments):\n    return 'undefended'\n")
+    plain = str(ROOT / "lmms_smoothguard" / "tiny" / "llava")
+    assert python(LOADED_BEFORE.format(own=str(own), plain=plain)).splitlines() == ["UndefendableError", "3"]
 
 
 def test_a_callback_outlives_a_mere_look_and_a_failed_import(tmp_path):

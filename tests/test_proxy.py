@@ -22,6 +22,7 @@ from PIL import Image
 from serving import Faulty, free_port, served, transformers_server
 
 from lmms_smoothguard.aggregation.verdict import aggregate, normalize_answer
+from lmms_smoothguard.blackbox.pictures import Sight
 from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.proxy.app import make_app
 from lmms_smoothguard.proxy.settings import ProxySettings
@@ -162,7 +163,7 @@ def test_without_a_clean_copy_all_have_noise(proxied, between, asked, images):
 
 def test_pictures_are_brought_to_the_models_size_before_the_noise(proxied, between, asked):
     large = Image.new("RGB", (400, 200), (128, 128, 128))
-    client = proxied(shortest_side=100, defense=dataclasses.replace(DEFENSE, sigma=0.1))
+    client = proxied(sight=Sight(100), defense=dataclasses.replace(DEFENSE, sigma=0.1))
     client.post("/v1/chat/completions", json=chat(large, Image.new("RGB", (60, 90)), "What is this?"))
     for body in between.bodies:
         assert [picture.size for picture in pictures(body)] == [(200, 100), (60, 90)]
@@ -412,7 +413,7 @@ def test_routes_that_are_not_defended_are_not_served(proxied, between, asked, en
 
 def test_the_command_finishes_what_is_in_work_when_it_is_stopped(between, asked, tmp_path):
     port = free_port()
-    command = [sys.executable, "-m", "lmms_smoothguard", "proxy", between.address, "--port", str(port), "--shortest-side", "keep",
+    command = [sys.executable, "-m", "lmms_smoothguard", "proxy", between.address, "--port", str(port), "--seen-as", "keep",
                "--num-samples", "3"]  # fmt: skip
     found = []
     with (tmp_path / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:

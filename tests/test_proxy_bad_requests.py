@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from lmms_smoothguard.cli import app as cli
 from lmms_smoothguard.config import SmoothGuardConfig
-from lmms_smoothguard.errors import ConfigError, UndefendableError
+from lmms_smoothguard.errors import ConfigError, SmoothGuardError
 from lmms_smoothguard.proxy import remote
 from lmms_smoothguard.proxy.answering import comparable
 from lmms_smoothguard.proxy.app import make_app
@@ -135,6 +135,16 @@ BAD = {
     "pictures beside a message's content": ({"messages": [{"role": "user", "content": "a", "images": ["x"]}]}, 400, "'images'"),
     "other sizes": (request_of(image(), mm_processor_kwargs={"max_pixels": 9}), 400, "mm_processor_kwargs"),
     "other sizes by the template": (request_of(image(), chat_template_kwargs={"do_resize": False}), 400, "chat_template_kwargs"),
+    "pictures for the template": (
+        {"messages": [{"role": "user", "content": "<image> What?"}], "chat_template_kwargs": {"processor_kwargs": {"images": ["x"]}}},
+        400, "chat_template_kwargs",
+    ),
+    "a picture as a template's word": (
+        {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"thinking": {"images": ["x"]}}},
+        400, "chat_template_kwargs",
+    ),
+    "very many objects": (b'{"messages": [' + b"{}," * 200_000 + b"{}]}", 413, "fill the memory"),
+    "very many values": (b'{"messages": [' + b"0," * 2_000_000 + b"0]}", 413, "fill the memory"),
     "n": (request_of(image(), n=2), 400, "n is 2"),
     "spoken answers": (request_of(image(), modalities=["text", "audio"]), 400, "modalities"),
     "too many": (request_of(*[image()] * 17), 400, "17 pictures"),
@@ -331,7 +341,6 @@ def test_a_public_picture_is_fetched_once(proxied, engine, gallery, monkeypatch)
         ({"quorum": 4}, "quorum is 4"),
         ({"timeout": 0}, "timeout is 0"),
         ({"retries": -1}, "retries is -1"),
-        ({"shortest_side": 2}, "shortest_side is 2"),
         ({"audio_sigma": 0}, "audio_sigma is 0"),
         ({"most_requests": 0}, "most_requests is 0"),
     ],
@@ -345,15 +354,15 @@ def test_settings_that_cannot_be_meant(changes, message):
     "fields",
     [{"noise_space": "normalized"}, {"level": "token"}, {"embedder": "model"}, {"num_samples": 1}, {"sigma": 0}],
 )
-def test_defences_that_need_the_model_itself(fields):
-    with pytest.raises(UndefendableError, match="expected"):
+def test_defences_that_cannot_be_carried_out_from_outside(fields):
+    with pytest.raises(SmoothGuardError, match="expected"):
         ProxySettings(upstream="http://engine", defense=SmoothGuardConfig(**{"noise_space": "pixel", **fields}))
 
 
 def test_the_command_asks_where_the_model_looks():
     runner = CliRunner()
-    assert "--shortest-side" in runner.invoke(cli, ["proxy", "http://engine"]).output
-    found = runner.invoke(cli, ["proxy", "http://engine", "--shortest-side", "large"])
+    assert "--seen-as" in runner.invoke(cli, ["proxy", "http://engine"]).output
+    found = runner.invoke(cli, ["proxy", "http://engine", "--seen-as", "large"])
     assert isinstance(found.exception, ConfigError)
 
 

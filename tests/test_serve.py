@@ -11,8 +11,11 @@ from test_proxy import chat, content, encoded
 from typer.testing import CliRunner
 
 import hf_integration.calls
+from lmms_smoothguard.blackbox.config import check_outside
 from lmms_smoothguard.cli import app
+from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.errors import ConfigError, UndefendableError
+from lmms_smoothguard.serving import choice_of
 from lmms_smoothguard.tiny import language
 from lmms_smoothguard.tiny.model import MODEL_DIR
 
@@ -140,6 +143,10 @@ def test_what_cannot_be_defended_is_refused_with_its_reason(servers, asked):
         (["--set", "sigma"], "expected FIELD=VALUE"),
         (["--set", "sigmma=1"], "did you mean 'sigma'"),
         (["--defense", "none"], "expected one to serve with"),
+        (["--set", "num_samples=1"], "one answer is no vote"),
+        (["--set", "sigma=0"], "equal copies defend nothing"),
+        (["--defense", "smoothguard+feature_smoothing", "--set", "sigma=0.0"], "equal copies defend nothing"),
+        (["--defense", "feature_smoothing", "--set", "sigma=0"], "without noise nothing is smoothed"),
     ],
 )
 def test_what_cannot_be_served_ends_before_it_starts(arguments, message):
@@ -149,11 +156,22 @@ def test_what_cannot_be_served_ends_before_it_starts(arguments, message):
     assert not hf_integration.calls._forced
 
 
+@pytest.mark.parametrize("field", [{"num_samples": 1}, {"sigma": 0}])
+def test_what_defends_nothing_is_refused_for_the_same_reason_on_either_side_of_a_server(field):
+    """In a server and before one; measurements may ask for it."""
+    config = SmoothGuardConfig(noise_space="pixel", **field)
+    with pytest.raises(ConfigError) as outside:
+        check_outside(config)
+    with pytest.raises(ConfigError) as inside:
+        choice_of("smoothguard", [f"{name}={value}" for name, value in field.items()])
+    assert str(outside.value) == str(inside.value)
+
+
 def test_a_forced_defence_stands_over_every_call(llava, batch, monkeypatch):
     model, _ = llava
     inputs = batch(0)
     plain = model.generate(**inputs, max_new_tokens=4, smoothguard=False, return_dict_in_generate=True)
-    assert "smoothguard" not in plain
+    assert not hasattr(plain, "smoothguard")
     hf_integration.force(DROWNING)
     try:
         for asked in ({}, {"smoothguard": False}, {"smoothguard": {"num_samples": 2}}):
@@ -166,4 +184,4 @@ def test_a_forced_defence_stands_over_every_call(llava, batch, monkeypatch):
     finally:
         hf_integration.force(None)
     again = model.generate(**inputs, max_new_tokens=4, smoothguard=False, return_dict_in_generate=True)
-    assert "smoothguard" not in again
+    assert not hasattr(again, "smoothguard")

@@ -226,7 +226,9 @@ def test_a_scorer_finds_the_task_that_lmms_eval_is_scoring():
         for task, answer in (("first", "yes"), ("second", "no")):
             set_task_context(task)
             assert ledger.look_up(doc).clean_answer == answer
-            with ledger.scoring("second" if task == "first" else "first"):  # lm-eval says nothing, so its reporting does
+            with ledger.scoring(
+                "second" if task == "first" else "first"
+            ):  # lm-eval says nothing, so its reporting does
                 assert ledger.look_up(doc).clean_answer != answer
             assert ledger.look_up(doc).clean_answer == answer
         set_task_context("third")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from lmms_smoothguard.config import SmoothGuardConfig
+from lmms_smoothguard.config import SmoothGuardConfig, check_vote
 from lmms_smoothguard.errors import UndefendableError
 
 
 def check_outside(config: SmoothGuardConfig) -> None:
-    """Raises UndefendableError for what needs the model itself: its normalisation, its tokens, its embeddings."""
+    """Raises UndefendableError for what needs the model itself: its normalisation, its tokens, its embeddings; ConfigError for what
+    defends nothing."""
     if config.level != "answer":
         raise UndefendableError(
             f"level is {config.level!r}; from outside of a model only whole answers can be compared, expected level 'answer'"
@@ -21,7 +22,4 @@ def check_outside(config: SmoothGuardConfig) -> None:
         raise UndefendableError(
             "embedder is 'model'; a remote model's embeddings cannot be had, expected another one, such as 'lexical'"
         )
-    if config.num_samples < 2:
-        raise UndefendableError(f"num_samples is {config.num_samples}; expected at least 2, for one answer is no vote")
-    if config.sigma == 0:
-        raise UndefendableError("sigma is 0; expected more, for equal copies defend nothing")
+    check_vote(config)

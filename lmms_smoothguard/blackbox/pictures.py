@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
+from lmms_smoothguard.errors import ConfigError, UndefendableError
 from lmms_smoothguard.inputs.layouts import ChannelsFirst
 from lmms_smoothguard.inputs.media import Images
 from lmms_smoothguard.inputs.statistics import PixelStatistics
@@ -16,17 +18,53 @@ from lmms_smoothguard.noise import NoiseSource, fresh_seed
 _UNNORMALISED = PixelStatistics(torch.zeros(3), torch.ones(3), "8-bit picture")
 
 
-def brought_to(picture: Image.Image, shortest_side: int | None) -> Image.Image:
-    """The picture with its shorter side at most so many pixels long; None, or a smaller one: as it is.
+_MOST_ASPECT = 3.0
+_LEAST_SIDE = 8
 
-    Noise belongs where the model looks. An engine that shrinks a picture tenfold averages a hundred pixels of noise into one, and
-    a tenth of sigma is left.
+
+class Sight(NamedTuple):
+    """The size at which a model looks at pictures, for noise belongs there: an engine that shrinks a picture tenfold averages a hundred
+    pixels of noise into one, and a tenth of sigma is left.
+
+    shortest_side: the shorter side has at most so many pixels, and the shape stays; size: width and height into which every picture is
+    squeezed; neither: pictures are seen in their own size.
     """
-    shorter = min(picture.size)
-    if shortest_side is None or shorter <= shortest_side:
-        return picture
-    width, height = (max(1, round(side * shortest_side / shorter)) for side in picture.size)
-    return picture.resize((width, height), Image.Resampling.BICUBIC)
+
+    shortest_side: int | None = None
+    size: tuple[int, int] | None = None
+
+    @classmethod
+    def parse(cls, text: Any) -> Sight:
+        """`336`: the shorter side; `384x384`: squeezed into that; `keep`: as they are. Raises ConfigError for anything else."""
+        if text == "keep":
+            return cls()
+        sides = [int(part) if part.isdecimal() and part.isascii() else 0 for part in str(text).split("x")]
+        if len(sides) > 2 or min(sides) < _LEAST_SIDE:
+            raise ConfigError(
+                f"seen_as is {text!r}; expected the pixels of a picture's shorter side as the model sees it, such as 336; or WIDTHxHEIGHT, such "
+                "as 384x384, where it squeezes every picture into that; or 'keep' where it sees pictures in their own size. A model that "
+                "shrinks a picture averages its noise away"
+            )
+        return cls(sides[0]) if len(sides) == 1 else cls(size=(sides[0], sides[1]))
+
+    def of(self, picture: Image.Image) -> Image.Image:
+        """The picture as the model will see it. Raises what `check` raises."""
+        self.check(picture)
+        if self.size is not None:
+            return picture.resize(self.size, Image.Resampling.BICUBIC)
+        shorter = min(picture.size)
+        if self.shortest_side is None or shorter <= self.shortest_side:
+            return picture
+        width, height = (max(1, round(side * self.shortest_side / shorter)) for side in picture.size)
+        return picture.resize((width, height), Image.Resampling.BICUBIC)
+
+    def check(self, picture: Image.Image) -> None:
+        """Raises UndefendableError for a picture so narrow that its noise may be averaged away."""
+        if self.shortest_side is not None and max(picture.size) > _MOST_ASPECT * min(picture.size):
+            raise UndefendableError(
+                f"a picture has {picture.width} x {picture.height} pixels; expected sides of at most {_MOST_ASPECT:g} to 1, for an engine that "
+                "squeezes it would average the noise away. Crop it; or let the operator say how the model sees pictures: seen_as WIDTHxHEIGHT or keep"
+            )
 
 
 class NoisyPictures:

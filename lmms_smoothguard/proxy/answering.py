@@ -67,7 +67,7 @@ async def answer(
 
     async def ask(copy: int) -> tuple[int, dict[str, Any] | Unanswered]:
         try:
-            return copy, await upstream.answer(functools.partial(media.body, copy), headers)
+            return copy, await upstream.answer(functools.partial(media.body, copy), _of_copy(headers, copy))
         except Unanswered as error:
             return copy, error
 
@@ -100,11 +100,21 @@ async def answer(
     return Answered(chosen, verdict, tuple(copies), ballot.answered, ballot.failed, total, _usage(completions.values()))
 
 
+def _of_copy(headers: Mapping[str, str], copy: int) -> dict[str, str]:
+    """Engines may take two requests with one id for the same."""
+    return {name: f"{value}-{copy}" if name == "x-request-id" else value for name, value in headers.items()}
+
+
 def comparable(completion: Mapping[str, Any]) -> str:
-    """An answer as it is compared with others: its text, and the tools it calls, whatever ids these calls have."""
+    """An answer as it is compared with others: its text, and the tools it calls, whatever ids these calls have; where it has neither, as
+    much of its reasoning as there is."""
     message = completion["choices"][0]["message"]
-    text = message.get("content") or message.get("refusal") or ""
     calls = [_call(call) for call in message.get("tool_calls") or []]
+    if message.get("function_call"):
+        calls.append(_call({"function": message["function_call"]}))
+    text = message.get("content") or message.get("refusal") or ""
+    if not text and not calls:
+        text = message.get("reasoning_content") or message.get("reasoning") or ""
     return text if not calls else f"{text}\n{json.dumps(calls, sort_keys=True, ensure_ascii=False)}".lstrip("\n")
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TypeVar
+from urllib.parse import quote
 
 import httpx
 from fastapi import FastAPI, Request
@@ -17,11 +18,11 @@ from lmms_smoothguard.errors import SmoothGuardError, explain
 from lmms_smoothguard.proxy.answering import answer
 from lmms_smoothguard.proxy.chat import ChatRequest, read_chat
 from lmms_smoothguard.proxy.media import NoisyMedia, gather_data
-from lmms_smoothguard.proxy.refusals import Refusal
+from lmms_smoothguard.proxy.refusals import Refusal, bad_request
 from lmms_smoothguard.proxy.remote import fetch_public
 from lmms_smoothguard.proxy.replies import reply
 from lmms_smoothguard.proxy.settings import ProxySettings
-from lmms_smoothguard.proxy.upstream import PASSED_ON, Declined, Unanswered, Upstream
+from lmms_smoothguard.proxy.upstream import PASSED_ON, Call, Declined, Unanswered, Upstream
 
 log = logging.getLogger(__name__)
 
@@ -63,10 +64,15 @@ def make_app(settings: ProxySettings) -> FastAPI:
         return JSONResponse(state, 200 if reachable else 503)
 
     @app.get("/v1/models")
-    @app.get("/v1/models/{name:path}")
     async def models(request: Request) -> Response:
-        path = request.url.path.removeprefix("/v1/")
-        return _Relayed(await request.app.state.upstream.call("GET", path, b"", _passed_on(request)))
+        return _Relayed(await request.app.state.upstream.call("GET", "models", b"", _as_asked(request)))
+
+    @app.get("/v1/models/{name:path}")
+    async def model(request: Request, name: str) -> Response:
+        if any(part in (".", "..") for part in name.split("/")) or not name.isprintable() or "\\" in name:
+            raise _not_served(f"/v1/models/{name}")  # it could lead to any route of the engine
+        path = f"models/{quote(name, safe='/')}"
+        return _Relayed(await request.app.state.upstream.call("GET", path, b"", _as_asked(request)))
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
@@ -76,12 +82,17 @@ def make_app(settings: ProxySettings) -> FastAPI:
 
     @app.api_route("/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
     async def others(path: str) -> Response:
-        raise Refusal(
-            404, "undefended_route",
-            f"/{path} is not defended, and so not served; expected /v1/chat/completions, /v1/models or /health",
-        )  # fmt: skip
+        raise _not_served(f"/{path}")
 
     return app
+
+
+def _not_served(path: str) -> Refusal:
+    return Refusal(
+        404,
+        "undefended_route",
+        f"{path} is not defended, and so not served; expected /v1/chat/completions, /v1/models or /health",
+    )
 
 
 class _Desk:
@@ -97,18 +108,25 @@ class _Desk:
             raise _busy(f"{self.in_work} requests are in work")
         self.in_work += 1
         try:
-            return await _while_connected(request, self._answer(request, found, data))
-        finally:
-            self.in_work -= 1
+            response = await _while_connected(request, self._answer(request, found, data))
+        except BaseException:
+            self._leave()
+            raise
+        if isinstance(response, _Relayed):
+            response.when_done(self._leave)
+        else:
+            self._leave()
+        return response
+
+    def _leave(self) -> None:
+        self.in_work -= 1
 
     async def _answer(self, request: Request, found: ChatRequest, data: bytes) -> Response:
         upstream: Upstream = request.app.state.upstream
         headers = _passed_on(request)
         if not found.media:
-            relayed = await upstream.call(
-                "POST", "chat/completions", data, {**headers, "content-type": "application/json"}
-            )
-            return _Relayed(relayed)
+            sent = {**_as_asked(request), "content-type": "application/json"}
+            return _Relayed(await upstream.call("POST", "chat/completions", data, sent))
         settings = self._settings
         files = await gather_data(found, settings, lambda url: fetch_public(url, settings.most_bytes))
         try:
@@ -131,9 +149,15 @@ def _busy(what: str) -> Refusal:
 class _Relayed(StreamingResponse):
     """The engine's answer, byte for byte, closed whatever becomes of the client."""
 
-    def __init__(self, found: httpx.Response) -> None:
+    def __init__(self, call: Call) -> None:
+        found = call.response
         super().__init__(found.aiter_raw(), found.status_code, _returned(found) | _encoding(found))
-        self._found = found
+        self._call = call
+        self._done: Callable[[], None] = lambda: None
+
+    def when_done(self, done: Callable[[], None]) -> None:
+        """What to do once, when the answer has been handed on or is lost."""
+        self._done = done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -142,7 +166,8 @@ class _Relayed(StreamingResponse):
             log.warning("the engine's answer broke off: %s", type(error).__name__)
             raise
         finally:
-            await self._found.aclose()
+            self._done()
+            await self._call.aclose()
 
 
 def _encoding(found: httpx.Response) -> dict[str, str]:
@@ -155,7 +180,17 @@ def _returned(found: httpx.Response) -> dict[str, str]:
 
 
 def _passed_on(request: Request) -> dict[str, str]:
-    return {name: request.headers[name] for name in PASSED_ON if name in request.headers}
+    """Raises Refusal for values that no header may have."""
+    found = {name: request.headers[name] for name in PASSED_ON if name in request.headers}
+    for name, value in found.items():
+        if not value.isascii():
+            raise bad_request(f"the header {name} has characters beyond ASCII; expected none")
+    return found
+
+
+def _as_asked(request: Request) -> dict[str, str]:
+    """Of a request whose answer is handed on as it is: compressed only if the client takes it so."""
+    return {**_passed_on(request), "accept-encoding": request.headers.get("accept-encoding", "identity")}
 
 
 async def _body(request: Request, most: int) -> bytes:

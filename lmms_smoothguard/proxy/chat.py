@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lmms_smoothguard.errors import did_you_mean
-from lmms_smoothguard.proxy.refusals import bad_request
+from lmms_smoothguard.proxy.refusals import Refusal, bad_request
 
 FIELDS = frozenset({
     # OpenAI's
@@ -30,6 +29,9 @@ _OF_A_MESSAGE = frozenset({
 })  # fmt: skip
 _OF_TEMPLATES = frozenset({"enable_thinking", "preserve_thinking", "reasoning_effort", "thinking"})
 _PLAIN_PARTS = frozenset({"text", "refusal"})
+_OF_THE_REQUEST = ("messages", "stream", "stream_options", "request_id")
+"""What the copies do not share with the request: engines may take two with one id for the same."""
+_MOST_OBJECTS, _MOST_VALUES = 100_000, 1_000_000
 
 
 class Part(NamedTuple):
@@ -42,7 +44,7 @@ class Part(NamedTuple):
 
 
 class ChatRequest(NamedTuple):
-    """body: as parsed; media: every picture and sound in it, in their order."""
+    """media: every picture and sound, in their order; body: as parsed, empty where there are no media and the request goes on as it is."""
 
     body: dict[str, Any]
     media: tuple[Part, ...]
@@ -58,11 +60,11 @@ class ChatRequest(NamedTuple):
         return isinstance(options, dict) and options.get("include_usage") is True
 
     def with_media(self, values: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """A body for the engine, not streamed, with these in place of the media."""
-        body = {
-            name: value for name, value in self.body.items() if name not in ("stream", "stream_options", "messages")
-        }
-        messages = copy.deepcopy(self.body["messages"])
+        """A body for the engine, not streamed, with these in place of the media; what has no media is shared, not copied."""
+        body = {name: value for name, value in self.body.items() if name not in _OF_THE_REQUEST}
+        messages = list(self.body["messages"])
+        for number in {part.message for part in self.media}:
+            messages[number] = {**messages[number], "content": list(messages[number]["content"])}
         for part, value in zip(self.media, values, strict=True):
             messages[part.message]["content"][part.place] = {"type": part.kind, part.kind: value}
         return body | {"messages": messages}
@@ -71,6 +73,7 @@ class ChatRequest(NamedTuple):
 def read_chat(data: bytes, extra_fields: Collection[str] = ()) -> ChatRequest:
     """Raises Refusal for what is no chat request, and for anything in it that is not known: a field, a message's field or a part
     could carry a picture past the defence."""
+    _check_size(data)
     try:
         body = json.loads(data, object_pairs_hook=_once)
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
@@ -84,11 +87,22 @@ def read_chat(data: bytes, extra_fields: Collection[str] = ()) -> ChatRequest:
                 f"the request has a field {name!r}, which may change what the model sees; {did_you_mean(name, FIELDS)}. "
                 f"The operator can allow it: smoothguard proxy --extra-field {name}"
             )
+    _check_template(body.get("chat_template_kwargs"))
     media = tuple(_media(body["messages"]))
     if media:
-        _check_template(body.get("chat_template_kwargs"))
         _check_answers(body)
-    return ChatRequest(body, media)
+    return ChatRequest(body if media else {}, media)
+
+
+def _check_size(data: bytes) -> None:
+    """A small text can be very many objects, each a hundred times as large in memory."""
+    for mark, most in ((b"{", _MOST_OBJECTS), (b",", _MOST_VALUES)):
+        if (found := data.count(mark)) > most:
+            raise Refusal(
+                413,
+                "too_large",
+                f"the request has {found} {mark.decode()!r}; expected at most {most}, or it would fill the memory",
+            )
 
 
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -100,12 +114,16 @@ def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_template(given: Any) -> None:
-    """Some engines hand these on to the image processor, where they could resize what was noised."""
+    """Engines hand these on to the processor, where they could resize what was noised, and be pictures themselves."""
     if given is None:
         return
-    if not isinstance(given, dict) or set(given) - _OF_TEMPLATES:
+    if (
+        not isinstance(given, dict)
+        or set(given) - _OF_TEMPLATES
+        or not all(isinstance(value, bool | str) for value in given.values())
+    ):
         raise bad_request(
-            f"chat_template_kwargs is {given!r}; with media expected some of: {', '.join(sorted(_OF_TEMPLATES))}"
+            f"chat_template_kwargs is {str(given)[:200]}; expected some of: {', '.join(sorted(_OF_TEMPLATES))}, each a word or true or false"
         )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated
 
 import typer
 
+from lmms_smoothguard.blackbox.pictures import Sight
 from lmms_smoothguard.config import SmoothGuardConfig, parse_scalar
 from lmms_smoothguard.errors import ConfigError
 from lmms_smoothguard.proxy.settings import MEGABYTE, ProxySettings
@@ -18,12 +20,12 @@ def proxy(
     upstream: Annotated[
         str, typer.Argument(help="Address of an OpenAI-compatible engine, such as http://127.0.0.1:8000")
     ],
-    shortest_side: Annotated[
+    seen_as: Annotated[
         str,
         typer.Option(
             rich_help_panel=_DEFENSE,
-            help="Pixels of a picture's shorter side as the model sees it, such as 336 for LLaVA-1.5; larger pictures are brought to "
-            "it before the noise. 'keep' where the model sees pictures in their own size, such as Qwen-VL.",
+            help="How the model sees pictures, which are brought to it before the noise: pixels of the shorter side, such as 336 for "
+            "LLaVA-1.5; WIDTHxHEIGHT, such as 384x384, where it squeezes them; 'keep' where it takes their own size, such as Qwen-VL.",
         ),
     ],
     num_samples: Annotated[int, typer.Option(rich_help_panel=_DEFENSE, help="N, copies asked for every answer.")] = 10,
@@ -89,7 +91,7 @@ def proxy(
         embedder=embedder, early_stop=parse_scalar(early_stop), seed=seed,
     )  # fmt: skip
     settings = ProxySettings(
-        upstream=upstream, defense=defense, shortest_side=_side(shortest_side), audio_sigma=audio_sigma, quorum=quorum,
+        upstream=upstream, defense=defense, sight=Sight.parse(seen_as), audio_sigma=audio_sigma, quorum=quorum,
         timeout=timeout, retries=retries, most_requests=most_requests, most_upstream=most_upstream,
         most_bytes=most_megabytes * MEGABYTE, most_pixels=most_pixels, most_pixels_in_work=most_pixels_in_work, most_media=most_media,
         remote=remote, extra_fields=tuple(extra_field or ()),
@@ -97,12 +99,12 @@ def proxy(
     run(settings, host, port, grace)
 
 
-def _side(text: str) -> int | None:
-    if text == "keep":
-        return None
-    if text.isdigit():
-        return int(text)
-    raise ConfigError(f"shortest_side is {text!r}; expected pixels, such as 336, or 'keep'")
+def _without_queries(record: logging.LogRecord) -> bool:
+    """Takes the query out of a line of the access log: keys may stand there."""
+    if isinstance(record.args, tuple) and len(record.args) == 5:
+        client, method, path, version, status = record.args
+        record.args = (client, method, str(path).partition("?")[0], version, status)
+    return True
 
 
 def run(settings: ProxySettings, host: str, port: int, grace: int) -> None:
@@ -117,6 +119,7 @@ def run(settings: ProxySettings, host: str, port: int, grace: int) -> None:
         typer.secho(
             f"seed {settings.defense.seed}: the noise is known to whoever knows it; for measurements only", fg="yellow"
         )
+    logging.getLogger("uvicorn.access").addFilter(_without_queries)
     connections = 4 * settings.most_requests + 16  # open ones, whatever they send or wait for; beyond them 503
     uvicorn.run(
         make_app(settings), host=host, port=port, timeout_graceful_shutdown=grace, limit_concurrency=connections, log_level="info"

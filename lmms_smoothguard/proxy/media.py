@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import io
@@ -13,7 +14,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from lmms_smoothguard.blackbox.pictures import NoisyPictures, brought_to
+from lmms_smoothguard.blackbox.pictures import NoisyPictures
 from lmms_smoothguard.blackbox.sounds import Clip, NoisyClips, read_clip
 from lmms_smoothguard.errors import ConfigError
 from lmms_smoothguard.files import whole_pictures
@@ -33,7 +34,7 @@ async def gather_data(request: ChatRequest, settings: ProxySettings, fetch: Fetc
         raise bad_request(
             f"the request has {len(request.media)} pictures and sounds; expected at most {settings.most_media}"
         )
-    return [await _data(part, settings, fetch) for part in request.media]
+    return await asyncio.gather(*(_data(part, settings, fetch) for part in request.media))
 
 
 async def _data(part: Part, settings: ProxySettings, fetch: Fetch) -> bytes:
@@ -72,12 +73,14 @@ def read_picture(data: bytes, most_pixels: int) -> Image.Image:
                     raise Refusal(
                         413, "too_large", f"a picture has {width} x {height} pixels; expected at most {most_pixels}"
                     )
-                if getattr(picture, "n_frames", 1) > 1:
-                    raise bad_request(f"a picture has {picture.n_frames} frames; expected a still one")  # type: ignore[attr-defined]
+                if getattr(picture, "is_animated", False):  # n_frames would walk through all of a GIF's frames
+                    raise bad_request("a picture has 2 frames or more; expected a still one")
                 return ImageOps.exif_transpose(picture).convert("RGB")
+    except Refusal:
+        raise
     except Image.DecompressionBombError as error:
         raise _too_large("far too many", most_pixels) from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except Exception as error:  # broken EXIF raises struct.error, TypeError, AttributeError and what else there is
         raise bad_request(f"a picture cannot be read ({error}); expected PNG, JPEG, WebP, GIF or BMP, whole") from error
 
 
@@ -101,7 +104,7 @@ class NoisyMedia:
         for part, held in found:
             if part.kind == "image_url":
                 left = settings.most_pixels - sum(picture.width * picture.height for picture in pictures)
-                pictures.append(brought_to(read_picture(held, left), settings.shortest_side))
+                pictures.append(settings.sight.of(read_picture(held, left)))
         clips = [self._clip(held) for part, held in found if part.kind == "input_audio"]
         self.pixels = sum(picture.width * picture.height for picture in pictures)
         self._pictures = NoisyPictures(pictures, defense.sigma, defense.seed)
@@ -131,7 +134,8 @@ def _image_value(picture: Image.Image, part: Part) -> dict[str, Any]:
     written = io.BytesIO()
     picture.save(written, "PNG", compress_level=0)  # noise does not compress
     url = "data:image/png;base64," + base64.b64encode(written.getvalue()).decode("ascii")
-    return {**part.value, "url": url}
+    # "low" has an API shrink the picture, which averages the noise away; "auto" leaves it the choice.
+    return {"url": url, "detail": "high"} if "detail" in part.value else {"url": url}
 
 
 def _audio_value(clip: Clip) -> dict[str, Any]:

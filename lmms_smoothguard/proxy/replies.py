@@ -32,12 +32,14 @@ def _events(found: Answered, usage: bool) -> Iterator[str]:
         return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
 
     yield event({"role": "assistant", "content": ""})
-    for field in ("reasoning_content", "refusal", "content"):
+    for field in ("reasoning_content", "reasoning", "refusal", "content"):
         text = message.get(field) or ""
         for start in range(0, len(text), _PIECE):
             yield event({field: text[start : start + _PIECE]})
     for index, call in enumerate(message.get("tool_calls") or []):
         yield event({"tool_calls": [{**call, "index": index}]})
+    if message.get("function_call"):
+        yield event({"function_call": message["function_call"]})
     yield event({}, choice.get("finish_reason") or "stop", smoothguard=found.report)
     if usage and isinstance(completion.get("usage"), dict):
         yield f"data: {json.dumps(head | {'choices': [], 'usage': completion['usage']})}\n\n"

@@ -8,10 +8,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lmms_smoothguard.blackbox.config import check_outside
+from lmms_smoothguard.blackbox.pictures import Sight
 from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.errors import ConfigError
 
 MEGABYTE = 2**20
+_OWN_SIZE = Sight()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,7 +21,7 @@ class ProxySettings:
     """upstream: the engine's address, such as http://127.0.0.1:8000 (with or without /v1).
 
     defense: carried out from outside, so at answer level, in pixel space; its seed is None unless measurements are repeated.
-    shortest_side: pictures are brought to so many pixels on their shorter side, before the noise; None leaves them as they are.
+    sight: the size at which the model looks at pictures; they are brought to it before the noise.
     audio_sigma: noise of sounds, in amplitude (full scale 1); None refuses requests with sound.
     quorum: answers that must come, of the defence's num_samples; None for more than half.
     timeout: seconds an attempt at one copy may take; retries: further attempts; pause: seconds before the first of these,
@@ -33,7 +35,7 @@ class ProxySettings:
 
     upstream: str
     defense: SmoothGuardConfig
-    shortest_side: int | None = None
+    sight: Sight = _OWN_SIZE
     audio_sigma: float | None = None
     quorum: int | None = None
     timeout: float = 120.0
@@ -70,8 +72,6 @@ class ProxySettings:
             _positive(name, getattr(self, name))
         if not 0 <= self.pause < math.inf:
             raise ConfigError(f"pause is {self.pause!r}; expected seconds, 0 or more")
-        if self.shortest_side is not None:
-            _whole("shortest_side", self.shortest_side, 8)
         if self.audio_sigma is not None and not 0 < self.audio_sigma <= 1:
             raise ConfigError(f"audio_sigma is {self.audio_sigma!r}; expected more than 0 and at most 1 (full scale)")
         copies = self.defense.num_samples

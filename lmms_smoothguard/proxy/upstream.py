@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 from collections.abc import Callable, Mapping
+from http.cookiejar import DefaultCookiePolicy
 from types import TracebackType
 from typing import Any
 
@@ -25,6 +26,7 @@ PASSED_ON = (
 """Headers of a client's request that the engine gets; none is ever logged."""
 _AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _LONGEST_PAUSE = 30.0
+_TEXTS = ("content", "refusal", "reasoning_content", "reasoning")
 
 
 class Unanswered(Exception):
@@ -39,6 +41,20 @@ class Declined(Exception):
         self.response = response
 
 
+class Call:
+    """An answer that is still being read: it has its turn until it is closed."""
+
+    def __init__(self, response: httpx.Response, turns: asyncio.Semaphore) -> None:
+        self.response, self._turns, self._open = response, turns, True
+
+    async def aclose(self) -> None:
+        """Closes the answer; a second time nothing happens."""
+        if self._open:
+            self._open = False
+            self._turns.release()
+            await self.response.aclose()
+
+
 class Upstream:
     """A client of the engine, shared by all requests; a context manager."""
 
@@ -48,6 +64,9 @@ class Upstream:
         timeout = httpx.Timeout(settings.timeout, connect=min(10.0, settings.timeout), pool=None)
         # Neither proxies nor credentials of the environment: where a request goes is what the settings say.
         self._client = httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False, follow_redirects=False)
+        self._client.cookies.jar.set_policy(
+            DefaultCookiePolicy(allowed_domains=[])
+        )  # or one user's would go out with the next
         self._free = asyncio.Semaphore(settings.most_upstream)
 
     async def __aenter__(self) -> Upstream:
@@ -89,13 +108,17 @@ class Upstream:
                 failure = str(error)
         raise Unanswered(failure)
 
-    async def call(self, method: str, path: str, content: bytes, headers: Mapping[str, str]) -> httpx.Response:
-        """A call as it is, its answer still to be read and closed. Raises Unanswered where the engine cannot be reached."""
+    async def call(self, method: str, path: str, content: bytes, headers: Mapping[str, str]) -> Call:
+        """A call as it is, once it is its turn, its answer still to be read and closed. Raises Unanswered where the engine cannot be reached."""
         request = self._client.build_request(method, self._url(path), content=content, headers=dict(headers))
+        await self._free.acquire()
         try:
-            return await self._client.send(request, stream=True)
-        except httpx.HTTPError as error:
-            raise Unanswered(type(error).__name__) from error
+            return Call(await self._client.send(request, stream=True), self._free)
+        except BaseException as error:
+            self._free.release()
+            if isinstance(error, httpx.HTTPError):
+                raise Unanswered(type(error).__name__) from error
+            raise
 
     async def reachable(self) -> bool:
         """Whether the engine takes connections; whatever it says."""
@@ -118,13 +141,20 @@ def _asked_to_wait(response: httpx.Response) -> float:
 
 
 def _completion(response: httpx.Response) -> dict[str, Any]:
-    """Raises ValueError for what is no chat completion with one message."""
+    """Raises ValueError for what is no chat completion with one message, and for what could not be handed on as JSON."""
     try:
-        found = response.json()
+        found: dict[str, Any] = json.loads(response.content, parse_constant=_no_number)
         message = found["choices"][0]["message"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, IndexError, TypeError) as error:
+        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()  # halves of characters among it
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise ValueError("no chat completion") from error
-    if not isinstance(message, dict) or not isinstance(message.get("content") or "", str):
+    if not isinstance(message, dict) or not all(isinstance(message.get(name) or "", str) for name in _TEXTS):
         raise ValueError("a message without text")
-    completion: dict[str, Any] = found
-    return completion
+    calls, function = message.get("tool_calls") or [], message.get("function_call") or {}
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in [*calls, function]):
+        raise ValueError("a message with malformed tool calls")
+    return found
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from lmms_smoothguard.errors import AttackError
+from lmms_smoothguard.errors import ConfigError
 from lmms_smoothguard.fingerprint import model_fingerprint
 from lmms_smoothguard.harness import ledger
 from lmms_smoothguard.harness.lm_eval.attacking import METADATA
@@ -25,7 +25,7 @@ SAMPLE = "smoothguard"
 
 
 def install() -> None:
-    """Wraps `evaluate`, once. It then raises AttackError for an attacked run whose answers would come from a cache."""
+    """Wraps `evaluate`, once. It then raises ConfigError for a run whose answers would come from a cache."""
     import lm_eval
     from lm_eval import evaluator
 
@@ -91,12 +91,14 @@ def _name_when_scored(name: str, task: Any) -> None:
 
 
 def _refuse_cached_answers(model: Any) -> None:
-    for name, metadata in model.sg_metadata.items():
-        if model._sg_options.attack_on({"attack": metadata.get(METADATA)}) is not None:
-            raise AttackError(
-                f"{name} is attacked, and lm-eval's cache (--use_cache) would answer for the model; expected a run without it. "
-                "Adversarial images have a cache of their own, attack_cache."
-            )
+    """lm-eval's cache knows an answer by its prompt alone: not by the defence, its noise or the attack."""
+    options, metadata = model._sg_options, model.sg_metadata.values()
+    attacked = any(options.attack_on({"attack": one.get(METADATA)}) is not None for one in metadata)
+    if options.defense is not None or attacked or model._sg_tower is not None:
+        raise ConfigError(
+            "lm-eval's cache (--use_cache) would answer for the model, whatever its defence, attack or vision tower; expected a run without it. "
+            "Adversarial images have a cache of their own, attack_cache"
+        )
 
 
 def _of_all_processes(model: Any, noted: dict[Any, Any]) -> dict[Any, Any]:

@@ -17,7 +17,7 @@ from PIL import Image
 from lmms_smoothguard.aggregation.verdict import normalize_answer
 from lmms_smoothguard.blackbox.ballot import Ballot
 from lmms_smoothguard.blackbox.config import check_outside
-from lmms_smoothguard.blackbox.pictures import NoisyPictures, brought_to
+from lmms_smoothguard.blackbox.pictures import NoisyPictures, Sight
 from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.defenses.stopping import fewest_more, stop_rule
 from lmms_smoothguard.errors import ConfigError, UndefendableError
@@ -29,19 +29,19 @@ from lmms_smoothguard.noise import fresh_seed
 
 log = logging.getLogger(__name__)
 
-_SIDE = "shortest_side"
+_SEEN_AS = "seen_as"
 _FAILURES = ("[LMMS_EVAL_REQUEST_FAILED", "[LMMS_EVAL_BUDGET_EXCEEDED]")
 
 
 class BlackBoxMixin(SmoothGuardMixin):
     """Stands before a wrapper without a model inside. Of our arguments it reads `defense`, SmoothGuard's fields (`noise_space` is
-    "pixel"), `judge` and `shortest_side`: the pixels of a picture's shorter side as the model sees it, or "keep"."""
+    "pixel"), `judge` and `seen_as`: how the model sees pictures, see `Sight.parse`."""
 
-    _sg_side: int | None = None
+    _sg_sight = Sight()
 
     def _sg_init(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         accepted = [*parameters_of(type(self)), "batch_size", "max_batch_size", "device"]
-        side = kwargs.pop(_SIDE, None)
+        seen_as = kwargs.pop(_SEEN_AS, None)
         if kwargs.get("defense", "smoothguard") == "smoothguard":
             kwargs.setdefault("noise_space", "pixel")
         self._sg_options = take_options(kwargs, accepted)
@@ -52,13 +52,13 @@ class BlackBoxMixin(SmoothGuardMixin):
                     f"defence {defense.name!r} acts inside of a model, and {type(self).__name__} has none; expected defense=smoothguard"
                 )
             check_outside(defense.config)
-            self._sg_side = _side(side)
+            self._sg_sight = Sight.parse(seen_as)
         if self._sg_options.attack or self._sg_options.vision_tower is not None:
             raise ConfigError(
                 f"{type(self).__name__} has no model inside, so it cannot craft attacks or take another vision tower; expected neither. "
                 "Craft on a model at hand (smoothguard attack) and ask about those pictures"
             )
-        explain_leftover(kwargs, [*accepted, _SIDE], defense)
+        explain_leftover(kwargs, [*accepted, _SEEN_AS], defense)
         judging.use(self._sg_options.judge)
         super(SmoothGuardMixin, self).__init__(*args, **kwargs)
 
@@ -75,7 +75,7 @@ class BlackBoxMixin(SmoothGuardMixin):
                     f"{request.task_name} attacks the model it asks, and {type(self).__name__} has none inside; expected a task without "
                     "an attack. Craft on a model at hand (smoothguard attack) and ask about those pictures"
                 )
-        asked = [_Asked(self, request, self._sg_options.defense, self._sg_side) for request in requests]
+        asked = [_Asked(self, request, self._sg_options.defense, self._sg_sight) for request in requests]
         while waves := [(one, copy) for one in asked for copy in one.next_copies()]:
             found = super(SmoothGuardMixin, self).generate_until([one.copy(copy) for one, copy in waves])  # type: ignore[misc]
             for (one, copy), result in zip(waves, found, strict=True):
@@ -93,9 +93,9 @@ class BlackBoxMixin(SmoothGuardMixin):
 class _Asked:
     """One request and its copies."""
 
-    def __init__(self, wrapper: Any, request: Instance, defense: Any, side: int | None) -> None:
+    def __init__(self, wrapper: Any, request: Instance, defense: Any, sight: Sight) -> None:
         """Raises UndefendableError for media that are not all pictures."""
-        self._wrapper, self._request, self._side = wrapper, request, side
+        self._wrapper, self._request, self._sight = wrapper, request, sight
         self.name = f"{request.task_name}[{request.doc_id}]"
         pictures, media = len(images_of(wrapper, request)), count_media(wrapper, request)
         self._config: SmoothGuardConfig | None = defense.config if defense is not None and media else None
@@ -106,6 +106,8 @@ class _Asked:
                 "outside. Leave the task out, or use defense=none"
             )
         if self._config is not None:
+            for picture in images_of(wrapper, request):
+                sight.check(picture)  # now: upstream's wrappers swallow what is raised while they ask
             self._seed = fresh_seed() if self._config.seed is None else self._config.seed
             self._ballot = Ballot(self._config, self._config.num_samples // 2 + 1)
         self._texts: dict[int, str] = {}
@@ -129,7 +131,7 @@ class _Asked:
         if self._config is None:
             return self._request
         noisy = number if self._config.include_clean else number + 1
-        pictures = _Pictures(self._wrapper, self._request, self._config.sigma, self._seed, self._side, noisy)
+        pictures = _Pictures(self._wrapper, self._request, self._config.sigma, self._seed, self._sight, noisy)
         return dataclasses.replace(self._request, arguments=with_images(self._wrapper, self._request, pictures))
 
     def add(self, number: int, text: str | None, counts: TokenCounts | None) -> None:
@@ -174,12 +176,12 @@ class _Asked:
 class _Pictures(Sequence[Image.Image]):
     """A copy's pictures, made anew whenever they are looked at: N copies of a whole data set would fill the memory."""
 
-    def __init__(self, wrapper: Any, request: Instance, sigma: float, seed: int, side: int | None, number: int) -> None:
-        self._wrapper, self._request, self._number, self._side = wrapper, request, number, side
+    def __init__(self, wrapper: Any, request: Instance, sigma: float, seed: int, sight: Sight, number: int) -> None:
+        self._wrapper, self._request, self._number, self._sight = wrapper, request, number, sight
         self._noise = (sigma, seed)
 
     def _made(self) -> list[Image.Image]:
-        own = [brought_to(picture, self._side) for picture in images_of(self._wrapper, self._request)]
+        own = [self._sight.of(picture) for picture in images_of(self._wrapper, self._request)]
         noisy = NoisyPictures(own, *self._noise)
         return noisy.copy(self._number) if self._number else noisy.clean
 
@@ -197,18 +199,6 @@ def is_failure(text: str | None) -> bool:
     """Whether a text is how one of upstream's wrappers says that it got no answer: some have words for it, others say nothing. A
     vote must not count it."""
     return not text or text.startswith(_FAILURES)
-
-
-def _side(given: Any) -> int | None:
-    if given == "keep":
-        return None
-    text = str(given)
-    if not text.isdigit() or int(text) < 8:
-        raise ConfigError(
-            f"{_SIDE} is {given!r}; expected the pixels of a picture's shorter side as the model sees it, such as 336, or 'keep' where it "
-            "sees pictures in their own size: a model that shrinks a picture averages its noise away"
-        )
-    return int(text)
 
 
 def _sum(counts: Sequence[TokenCounts]) -> TokenCounts | None:
