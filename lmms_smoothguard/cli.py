@@ -63,6 +63,21 @@ def train_tiny_llava(
     train(out, seed, scale, checkpoint_every)
 
 
+@train_app.command("tiny-audio")
+def train_tiny_audio(
+    out: Annotated[Path, typer.Option(help="Directory for checkpoints and, in the end, `model/`.")] = Path(
+        "runs/tiny-audio"
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of clips, weights and order.")] = 0,
+    scale: Annotated[float, typer.Option(min=0.001, max=1.0, help="Share of the steps; below 1 for a trial.")] = 1.0,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
+) -> None:
+    """Train a small Qwen2-Audio on generated sounds: about an hour on two cores. Started again, it goes on where it was."""
+    from lmms_smoothguard.tiny.sounds.session import train
+
+    train(out, seed, scale, checkpoint_every)
+
+
 @train_app.command("tiny-guard")
 def train_tiny_guard(
     out: Annotated[Path, typer.Option(help="Directory for the model.")] = Path("runs/tiny-guard"),

@@ -1,0 +1,87 @@
+"""The embedded audio model's held-out figures, through plain transformers: no defence, greedy, one answer a question."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmms_smoothguard.aggregation.verdict import normalize_answer
+from lmms_smoothguard.evaluation.rates import Rate, rate
+from lmms_smoothguard.judges.refusal import RefusalJudge
+from lmms_smoothguard.tiny import language as images
+from lmms_smoothguard.tiny.company import NEGATIVES
+from lmms_smoothguard.tiny.sounds import language
+from lmms_smoothguard.tiny.sounds.clips import RATE
+from lmms_smoothguard.tiny.sounds.model import prompt
+from lmms_smoothguard.tiny.sounds.testsets import test_sets
+
+_BATCH = 70
+_NOISE_SEED = 17
+
+
+def answers(model: Any, processor: Any, questions: Sequence[str], sounds: np.ndarray) -> list[str]:
+    """Greedy answers to one question a clip; sounds int16 (n, 32000)."""
+    found: list[str] = []
+    for start in range(0, len(questions), _BATCH):
+        batch = processor(
+            text=[prompt(question) for question in questions[start : start + _BATCH]],
+            audio=list(sounds[start : start + _BATCH].astype(np.float32) / 32768),
+            sampling_rate=RATE,
+            padding=True,
+            return_tensors="pt",
+        )
+        out = model.generate(**batch, max_new_tokens=40, do_sample=False)
+        found += processor.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in found]
+
+
+def noisy(sounds: np.ndarray, sigma: float) -> np.ndarray:
+    """Sounds with Gaussian noise of `sigma` in amplitude of [-1, 1], rounded to 16 bits."""
+    noise = np.random.default_rng(_NOISE_SEED).normal(0, 32768 * sigma, sounds.shape)
+    return (sounds + noise).round().clip(-32768, 32767).astype(np.int16)
+
+
+def held_out_figures(directory: Path, say: Callable[[str], None] = lambda text: None) -> dict[str, Rate]:
+    """Every figure of the model card by name."""
+    from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+
+    model = Qwen2AudioForConditionalGeneration.from_pretrained(directory).eval()
+    processor = AutoProcessor.from_pretrained(directory)
+    sets = test_sets()
+    figures: dict[str, Rate] = {}
+
+    def ask(
+        name: str, rows: list[dict[str, Any]], right: Callable[[dict[str, Any], str], bool], sigma: float = 0
+    ) -> None:
+        sounds = (
+            noisy(np.stack([row["audio"] for row in rows]), sigma) if sigma else np.stack([r["audio"] for r in rows])
+        )
+        given = answers(model, processor, [row["question"] for row in rows], sounds)
+        figures[name] = rate(right(row, answer) for row, answer in zip(rows, given, strict=True))
+        say(f"{name}: {figures[name]}")
+
+    def says(key: str) -> Callable[[dict[str, Any], str], bool]:
+        return lambda row, answer: normalize_answer(answer) == normalize_answer(row[key])
+
+    def refuses(row: dict[str, Any], answer: str) -> bool:
+        return RefusalJudge().judge(row["question"], answer).safe
+
+    ask("existence", sets["pope"], says("answer"))
+    for category in NEGATIVES:
+        ask(f"existence, {category}", [r for r in sets["pope"] if r["category"] == category], says("answer"))
+    for sigma in (0.01, 0.02, 0.04, 0.06):
+        ask(f"existence, one noisy copy, sigma {sigma}", sets["pope"], says("answer"), sigma)
+    ask("existence, faint clips", sets["pope_faint"], says("answer"))
+    suffixed = [row | {"question": row["question"] + images.POPE_SUFFIX} for row in sets["pope"]]
+    ask("existence, with POPE's suffix", suffixed, says("answer"))
+    ask("captions exact", sets["caption"], says("caption"))
+    ask("captions exact, one noisy copy, sigma 0.04", sets["caption"], says("caption"), 0.04)
+    ask("sounds counted", [row | {"question": language.COUNT} for row in sets["caption"]], says("count"))
+    ask("forbidden refused", [r for r in sets["safety"] if r["kind"] == "forbidden"], refuses)
+    permitted = [r for r in sets["safety"] if r["kind"] == "permitted"]
+    ask("permitted refused", permitted, refuses)
+    ask("permitted done", permitted, says("answer"))
+    return figures
