@@ -89,6 +89,8 @@ def filled(text: str) -> str:
         text = _with_block(text, "parity", parity(stored("parity")))
     if _exists("proxy_load"):
         text = _with_block(text, "load", _load(stored("proxy_load")))
+    if _exists("startup"):
+        text = _with_block(text, "startup", _startup(stored("startup")))
     measured = [name for name in ("bench", "bench_cuda") if _exists(name)]
     text = _with_block(text, "bench", costs(*map(stored, measured)))
     return _with_block(text, "parts", parts_markdown(*map(stored, measured)))
@@ -190,6 +192,14 @@ def _load(found: dict[str, Any]) -> str:
         ]
         lines.append([name, str(setting["users"]), f"{setting['side']} x {setting['side']}", *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _startup(found: dict[str, Any]) -> str:
+    """Seconds of a start, and what the plugin adds."""
+    lines = ["| start of | seconds | with the plugin : without |", "| --- | --- | --- |"]
+    for name, figure in found["figures"].items():
+        lines.append(f"| {name} | {_spread(figure['seconds'])} | {_spread(figure['ratio'])} |")
+    return "\n".join(lines)
 
 
 def _spread(found: dict[str, float]) -> str:
