@@ -127,3 +127,17 @@ class Faulty:
 async def _torn():
     yield b'{"choices": ['
     raise OSError("torn")
+
+
+def remembering():
+    """An engine that remembers in `state.bodies` what it is asked, and always says the same."""
+    app = FastAPI()
+    app.state.bodies = []
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request):
+        app.state.bodies.append(await request.json())
+        message = {"role": "assistant", "content": "Fine."}
+        return {"id": "1", "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+
+    return app

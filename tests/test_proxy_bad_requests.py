@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import numpy as np
 import pytest
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from PIL import Image
-from serving import served
+from serving import remembering, served
 from typer.testing import CliRunner
 
 from lmms_smoothguard.cli import app as cli
@@ -32,18 +32,7 @@ DEFENSE = SmoothGuardConfig(num_samples=3, sigma=0.1, noise_space="pixel", seed=
 
 @pytest.fixture(scope="module")
 def engine():
-    """Remembers what it is asked, and always says the same."""
-    app = FastAPI()
-    app.state.bodies = []
-
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request):
-        app.state.bodies.append(await request.json())
-        return {
-            "id": "1",
-            "choices": [{"index": 0, "message": {"role": "assistant", "content": "Fine."}, "finish_reason": "stop"}],
-        }
-
+    app = remembering()
     with served(app) as app.state.address:
         yield app.state
 

@@ -218,11 +218,21 @@ def _all_at_once(client, bodies):
 
 
 def test_texts_are_in_work_until_they_are_handed_on(proxied, engine):
-    engine.say = lambda number: engine.slowly(1.0)
+    """Their answers have begun, and have not ended."""
+    engine.say = lambda number: engine.slowly(1.5)
     client = proxied(most_requests=2)
-    statuses = sorted(response.status_code for response in _all_at_once(client, [TEXT] * 6))
-    assert statuses.count(200) == 2 and statuses.count(503) == 4
-    assert client.get("/health").json()["in_work"] == 0
+    with (
+        client.stream("POST", "/v1/chat/completions", json=TEXT) as one,
+        client.stream("POST", "/v1/chat/completions", json=TEXT) as two,
+    ):
+        reading = [one.iter_text(), two.iter_text()]  # kept: a reader that is dropped leaves
+        assert all("1" in next(texts) for texts in reading)
+        assert client.get("/health").json()["in_work"] == 2
+        assert ask(client, TEXT).status_code == 503
+    for _ in range(100):
+        if client.get("/health").json()["in_work"] == 0:
+            break
+        time.sleep(0.05)
     assert ask(client, TEXT).status_code == 200
 
 

@@ -19,7 +19,7 @@ import soundfile
 from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 from PIL import Image
-from serving import served
+from serving import remembering, served
 
 from lmms_smoothguard.blackbox.sounds import read_clip
 from lmms_smoothguard.config import SmoothGuardConfig
@@ -36,18 +36,7 @@ CHAT = "/v1/chat/completions"
 
 @pytest.fixture(scope="module")
 def engine():
-    """Remembers what it is asked, and always says the same."""
-    app = FastAPI()
-    app.state.bodies = []
-
-    @app.post(CHAT)
-    async def chat(request: Request):
-        app.state.bodies.append(await request.json())
-        return {
-            "id": "1",
-            "choices": [{"index": 0, "message": {"role": "assistant", "content": "Fine."}, "finish_reason": "stop"}],
-        }
-
+    app = remembering()
     with served(app) as app.state.address:
         yield app.state
 

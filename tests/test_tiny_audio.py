@@ -20,7 +20,8 @@ pytest.importorskip("soundfile")
 from lmms_smoothguard.tiny.sounds import testsets
 from lmms_smoothguard.tiny.sounds.lessons import Teacher, distractors
 from lmms_smoothguard.tiny.sounds.model import TURN, build_model, build_processor, prompt
-from lmms_smoothguard.tiny.sounds.train import TRAINING_SEED, AudioTrainer, Recipe, Stage
+from lmms_smoothguard.tiny.sounds.train import TRAINING_SEED, AudioTrainer, Recipe
+from lmms_smoothguard.tiny.staged import Stage
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +182,9 @@ def test_log_mel_is_the_extractors_with_gradients(settings):
         LogMel(WhisperFeatureExtractor(dither=0.1))
 
 
-TRIAL = Recipe(stages=(Stage("hearing", 2, 4, 1e-3), Stage("speech", 3, 4, 1e-3, faint_share=0.5)))
+TRIAL = Recipe(
+    stages=(Stage("hearing", 2, 4, 1e-3, (0.01, 0.04)), Stage("speech", 3, 4, 1e-3, (0.01, 0.04), faint_share=0.5))
+)
 
 
 def test_training_goes_on_where_it_was(tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from lmms_smoothguard.tiny.scenes import OBJECTS
 
 POPE_SUFFIX = "\nAnswer the question using a single word or phrase."
@@ -46,6 +48,14 @@ def caption(objects: Sequence[int]) -> str:
 def request(verb: str, thing: str, form: int) -> str:
     """One of four wordings of a request."""
     return REQUESTS[form % len(REQUESTS)].format(verb=verb, thing=with_article(thing))
+
+
+def taught_request(rng: np.random.Generator) -> tuple[str, str]:
+    """A request of the training split, forbidden or permitted, and the right answer to it."""
+    forbidden = rng.random() < 0.5
+    pairs = request_pairs(FORBIDDEN_VERBS if forbidden else PERMITTED_VERBS, test=False)
+    verb, thing = pairs[rng.integers(len(pairs))]
+    return request(verb, thing, int(rng.integers(len(REQUESTS)))), REFUSAL if forbidden else compliance(verb, thing)
 
 
 def compliance(verb: str, thing: str) -> str:

@@ -49,13 +49,7 @@ class Teacher:
             wording = language.DESCRIBE[rng.integers(len(language.DESCRIBE))]
             exchanges.append(self._exchange(wording, language.caption(present), _CAPTION))
         if lot >= 0.75:
-            forbidden = rng.random() < 0.5
-            verbs = language.FORBIDDEN_VERBS if forbidden else language.PERMITTED_VERBS
-            pairs = language.request_pairs(verbs, test=False)
-            verb, thing = pairs[rng.integers(len(pairs))]
-            answer = language.REFUSAL if forbidden else language.compliance(verb, thing)
-            question = language.request(verb, thing, int(rng.integers(len(language.REQUESTS))))
-            exchanges.append(self._exchange(question, answer, _REQUEST))
+            exchanges.append(self._exchange(*language.taught_request(rng), _REQUEST))
         return exchanges
 
     def batch(self, scenes: SceneSet, indices: Sequence[int], rng: np.random.Generator) -> Batch:

@@ -17,11 +17,24 @@ from lmms_smoothguard.precision import autocast
 from lmms_smoothguard.tiny.packing import IGNORED, Batch
 
 
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of training. Faint examples are never noised; of the others `noised_share` have Gaussian noise, its `sigma` drawn from this
+    range, in the units of what is seen or heard ([0, 1] intensities, or amplitude of [-1, 1])."""
+
+    name: str
+    steps: int
+    batch: int
+    lr: float
+    sigma: tuple[float, float]
+    faint_share: float = 0.0
+    noised_share: float = 0.5
+
+
 class Staged(ABC):
     """Owns the model under training, a head that is used in training alone, their optimiser and its place in the recipe.
 
-    `recipe`: a dataclass with `seed`, `weight_decay` and `stages`, each with a `name`, `steps`, `batch` and `lr`; a step depends on the
-    seed and its place alone.
+    `recipe`: a dataclass with `seed`, `weight_decay` and `stages`; a step depends on the seed and its place alone.
     """
 
     def __init__(self, recipe: Any, out: Path, model: Any, processor: Any, head: torch.nn.Module) -> None:
@@ -32,8 +45,8 @@ class Staged(ABC):
         self.optimizer = self._optimizer()
 
     @property
-    def stage(self) -> Any:
-        return self.recipe.stages[self.stage_index]
+    def stage(self) -> Stage:
+        return self.recipe.stages[self.stage_index]  # type: ignore[no-any-return]
 
     @property
     def senses_alone(self) -> bool:

@@ -21,26 +21,13 @@ from lmms_smoothguard.precision import autocast
 from lmms_smoothguard.tiny.lessons import Teacher
 from lmms_smoothguard.tiny.model import build_model, build_processor
 from lmms_smoothguard.tiny.scenes import COLORS, GRID, OBJECTS, SHAPES, SceneSet, color_of, make_scenes, shape_of
-from lmms_smoothguard.tiny.staged import Staged
+from lmms_smoothguard.tiny.staged import Stage, Staged
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
 _SHARD = 1000
 _FIRST_TRAINING_SHARD = 1_000  # seeds below are kept for test and validation scenes
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One stage of training; noise is Gaussian in [0, 1] pixel units and spares faint scenes."""
-
-    name: str
-    steps: int
-    batch: int
-    lr: float
-    faint_share: float = 0.0
-    noised_share: float = 0.5
-    sigma: tuple[float, float] = (0.12, 0.25)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +39,8 @@ class Recipe:
     faint_scenes: int = 18_000
     weight_decay: float = 0.05
     stages: tuple[Stage, ...] = (
-        Stage("sight", steps=300, batch=96, lr=1.5e-3),
-        Stage("speech", steps=2200, batch=32, lr=1.2e-3),
+        Stage("sight", steps=300, batch=96, lr=1.5e-3, sigma=(0.12, 0.25)),
+        Stage("speech", steps=2200, batch=32, lr=1.2e-3, sigma=(0.12, 0.25)),
         Stage("contrast", steps=2400, batch=32, lr=1.2e-3, faint_share=0.45, noised_share=0.6, sigma=(0.12, 0.3)),
         Stage("steadiness", steps=2000, batch=32, lr=8e-4, faint_share=0.42, noised_share=0.85, sigma=(0.15, 0.3)),
     )

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lmms_smoothguard.aggregation.verdict import normalize_answer
-from lmms_smoothguard.evaluation.rates import Rate, rate
-from lmms_smoothguard.judges.refusal import RefusalJudge
+from lmms_smoothguard.evaluation.rates import Rate
 from lmms_smoothguard.tiny import language as images
 from lmms_smoothguard.tiny.company import NEGATIVES
+from lmms_smoothguard.tiny.held_out import HeldOut, says
 from lmms_smoothguard.tiny.sounds import language
 from lmms_smoothguard.tiny.sounds.clips import RATE
 from lmms_smoothguard.tiny.sounds.model import prompt
@@ -51,24 +51,8 @@ def held_out_figures(directory: Path, say: Callable[[str], None] = lambda text: 
     model = Qwen2AudioForConditionalGeneration.from_pretrained(directory).eval()
     processor = AutoProcessor.from_pretrained(directory)
     sets = test_sets()
-    figures: dict[str, Rate] = {}
-
-    def ask(
-        name: str, rows: list[dict[str, Any]], right: Callable[[dict[str, Any], str], bool], sigma: float = 0
-    ) -> None:
-        sounds = (
-            noisy(np.stack([row["audio"] for row in rows]), sigma) if sigma else np.stack([r["audio"] for r in rows])
-        )
-        given = answers(model, processor, [row["question"] for row in rows], sounds)
-        figures[name] = rate(right(row, answer) for row, answer in zip(rows, given, strict=True))
-        say(f"{name}: {figures[name]}")
-
-    def says(key: str) -> Callable[[dict[str, Any], str], bool]:
-        return lambda row, answer: normalize_answer(answer) == normalize_answer(row[key])
-
-    def refuses(row: dict[str, Any], answer: str) -> bool:
-        return RefusalJudge().judge(row["question"], answer).safe
-
+    found = HeldOut("audio", functools.partial(answers, model, processor), noisy, say)
+    ask = found.ask
     ask("existence", sets["pope"], says("answer"))
     for category in NEGATIVES:
         ask(f"existence, {category}", [r for r in sets["pope"] if r["category"] == category], says("answer"))
@@ -80,8 +64,5 @@ def held_out_figures(directory: Path, say: Callable[[str], None] = lambda text: 
     ask("captions exact", sets["caption"], says("caption"))
     ask("captions exact, one noisy copy, sigma 0.04", sets["caption"], says("caption"), 0.04)
     ask("sounds counted", [row | {"question": language.COUNT} for row in sets["caption"]], says("count"))
-    ask("forbidden refused", [r for r in sets["safety"] if r["kind"] == "forbidden"], refuses)
-    permitted = [r for r in sets["safety"] if r["kind"] == "permitted"]
-    ask("permitted refused", permitted, refuses)
-    ask("permitted done", permitted, says("answer"))
-    return figures
+    found.ask_for_help(sets["safety"])
+    return found.figures

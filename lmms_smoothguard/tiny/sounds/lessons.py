@@ -75,13 +75,7 @@ class Teacher:
             question = language.choice_question([captions[index] for index in order])
             return self._packer.exchange(question, str(int(np.flatnonzero(order == 0)[0]) + 1), _EXISTENCE)
         if kind == "request":
-            forbidden = rng.random() < 0.5
-            verbs = images.FORBIDDEN_VERBS if forbidden else images.PERMITTED_VERBS
-            pairs = images.request_pairs(verbs, test=False)
-            verb, thing = pairs[rng.integers(len(pairs))]
-            answer = images.REFUSAL if forbidden else images.compliance(verb, thing)
-            question = images.request(verb, thing, int(rng.integers(len(images.REQUESTS))))
-            return self._packer.exchange(question, answer, _REQUEST)
+            return self._packer.exchange(*images.taught_request(rng), _REQUEST)
         wording = language.DESCRIBE[rng.integers(len(language.DESCRIBE))]
         return self._packer.exchange(wording, language.caption(objects), _SENTENCE)
 

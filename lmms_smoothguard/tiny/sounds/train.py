@@ -23,23 +23,10 @@ from lmms_smoothguard.precision import autocast
 from lmms_smoothguard.tiny.sounds.clips import OBJECTS, Clip, draw_clip
 from lmms_smoothguard.tiny.sounds.lessons import Teacher
 from lmms_smoothguard.tiny.sounds.model import build_model, build_processor
-from lmms_smoothguard.tiny.staged import Staged
+from lmms_smoothguard.tiny.staged import Stage, Staged
 
 TRAINING_SEED = 1_000
 """Test and validation clips have seeds below."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One stage of training; noise is Gaussian, in amplitude of [-1, 1], and spares faint clips."""
-
-    name: str
-    steps: int
-    batch: int
-    lr: float
-    faint_share: float = 0.0
-    noised_share: float = 0.5
-    sigma: tuple[float, float] = (0.01, 0.04)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +36,8 @@ class Recipe:
     seed: int = 0
     weight_decay: float = 0.05
     stages: tuple[Stage, ...] = (
-        Stage("hearing", steps=350, batch=64, lr=1.5e-3),
-        Stage("speech", steps=1100, batch=32, lr=1.2e-3),
+        Stage("hearing", steps=350, batch=64, lr=1.5e-3, sigma=(0.01, 0.04)),
+        Stage("speech", steps=1100, batch=32, lr=1.2e-3, sigma=(0.01, 0.04)),
         Stage("contrast", steps=1300, batch=32, lr=1.2e-3, faint_share=0.45, noised_share=0.6, sigma=(0.01, 0.06)),
         Stage("steadiness", steps=1000, batch=32, lr=8e-4, faint_share=0.42, noised_share=0.85, sigma=(0.02, 0.06)),
     )
