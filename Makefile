@@ -55,7 +55,7 @@ parity: $(PARITY)/.installed $(INSTALLED)
 
 # What becomes of every multimodal type of the transformers at hand: docs/coverage.md, 20 minutes on two cores.
 coverage: $(INSTALLED)
-	$(BIN)/python benchmarks/coverage.py
+	$(BIN)/python benchmarks/coverage_table.py
 
 testsets: $(INSTALLED)
 	$(BIN)/python -m lmms_smoothguard.tiny.testsets tasks/shapes/data

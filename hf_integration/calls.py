@@ -20,6 +20,7 @@ from lmms_smoothguard import plugins
 from lmms_smoothguard.choice import Choice, choose
 from lmms_smoothguard.defenses.request import Defended, Request
 from lmms_smoothguard.errors import ConfigError, UndefendableError
+from lmms_smoothguard.inputs.carried import CLIPS
 
 _UNSET: Any = object()
 _OFF, _PLAIN, _TEXT, _DEFENDING = "off", "plain", "text", "defending"
@@ -124,7 +125,7 @@ def generate_defended(model: Any, settings: Any, /, *args: Any, **kwargs: Any) -
     method = type(model).generate
     original = getattr(method, ORIGINAL) if is_ours(method) else method
     asked = kwargs.pop("smoothguard", None)
-    given = dict(kwargs)
+    given = {name: value for name, value in kwargs.items() if name != CLIPS}
 
     def plain() -> Any:
         return original(model, *args, **given)
@@ -176,8 +177,8 @@ def handle(model: Any, original: Any, arguments_of: Callable[[], dict[str, Any]]
 
 def _defend(request: Request, choice: Choice) -> Defended | None:
     defended = plugins.load("defenses", choice.name).defend(request, choice.config)
-    if defended is None and request.images() is not None:
-        raise UndefendableError(f"defence {choice.name!r} did nothing with a request that has images; it is refused")
+    if defended is None and request.media() is not None:
+        raise UndefendableError(f"defence {choice.name!r} did nothing with a request that has media; it is refused")
     if defended is not None and not isinstance(defended, Defended):
         raise UndefendableError(
             f"defence {choice.name!r} returned a {type(defended).__name__}; expected lmms_smoothguard.defenses.Defended"

@@ -25,6 +25,7 @@ from hf_integration.refusing import allow_own_code, bringing_its_own, bypassing,
 from hf_integration.wrapping import around, is_exported, is_ours, posing_as
 from lmms_smoothguard.choice import Choice, choose
 from lmms_smoothguard.config import SmoothGuardConfig
+from lmms_smoothguard.inputs.carried import CLIPS
 
 _UNSET: Any = object()
 _lock = threading.RLock()
@@ -40,7 +41,8 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
 
         def plain() -> Any:
-            kwargs.pop("smoothguard", None)
+            for ours in ("smoothguard", CLIPS):
+                kwargs.pop(ours, None)
             return original(self, *args, **kwargs)
 
         if is_part_of_a_call(self, original, kwargs.get("smoothguard")):

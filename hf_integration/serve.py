@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_integration.attached import attach
 from hf_integration.calls import force
+from hf_integration.protecting import hears, protect
 from lmms_smoothguard.choice import Choice
 from lmms_smoothguard.errors import ConfigError, SmoothGuardError, explain
 
@@ -62,6 +63,8 @@ def _defended(defense: Choice) -> Iterator[None]:
     def load_attached(self: Any, *args: Any, **kwargs: Any) -> Any:
         model, processor = load(self, *args, **kwargs)
         attach(model, processor)
+        if hears(processor):
+            protect(processor)
         return model, processor
 
     force(defense)

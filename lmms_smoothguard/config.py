@@ -13,6 +13,7 @@ from lmms_smoothguard.errors import ConfigError, did_you_mean
 LEVELS = ("answer", "token")
 NOISE_SPACES = ("normalized", "pixel")
 _LARGEST_SIGMA = {"normalized": 20.0, "pixel": 5.0}  # beyond this no picture is left in any sense
+_LEAST_SNR, _MOST_SNR = -40.0, 120.0  # noise of a hundred times the amplitude, and less than 16-bit rounding makes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,8 @@ class SmoothGuardConfig:
     include_clean: whether copy 0 is the unperturbed input.
     sigma: standard deviation of the noise, in units of `noise_space`: "normalized" (the model's input tensor, as
         published) or "pixel" ([0, 1] intensities, clipped to that range).
+    audio_sigma: standard deviation of the noise on sounds, in amplitude (full scale 1).
+    audio_snr: the same as the distance of each clip's power from its noise's, in dB; None = audio_sigma.
     embedder, aggregator: registered names; an embedder may also be a sentence-transformers id or a directory.
     early_stop: "off", "exact" (no further copies once they cannot change the answer) or an error rate such as 0.01: the
         largest probability that the answer is not the one all N copies would have given, for inputs made without
@@ -39,6 +42,8 @@ class SmoothGuardConfig:
     include_clean: bool = True
     sigma: float = 0.1
     noise_space: str = "normalized"
+    audio_sigma: float = 0.02
+    audio_snr: float | None = None
     embedder: str = "lexical"
     aggregator: str = "kmeans"
     early_stop: str | float = "off"
@@ -54,13 +59,12 @@ class SmoothGuardConfig:
             raise ConfigError(
                 f"noise_space is {self.noise_space!r}; {did_you_mean(str(self.noise_space), NOISE_SPACES)}"
             )
-        if isinstance(self.sigma, bool) or not isinstance(self.sigma, int | float):
-            raise ConfigError(f"sigma is {self.sigma!r}; expected a number such as 0.1")
         largest = _LARGEST_SIGMA[self.noise_space]
-        if not math.isfinite(self.sigma) or not 0 <= self.sigma <= largest:
-            raise ConfigError(
-                f"sigma is {self.sigma!r}; expected 0 to {largest:g} in {self.noise_space} units (the paper uses 0.1 to 0.2)"
-            )
+        units = f"{self.noise_space} units (the paper uses 0.1 to 0.2)"
+        _between("sigma", self.sigma, 0, largest, units, "0.1")
+        _between("audio_sigma", self.audio_sigma, 0, 1, "amplitude (full scale 1)", "0.02")
+        if self.audio_snr is not None:
+            _between("audio_snr", self.audio_snr, _LEAST_SNR, _MOST_SNR, "dB", "20")
         _registered("aggregators", self.aggregator)
         if not isinstance(self.embedder, str) or not _is_model_path(self.embedder):
             _registered("embedders", self.embedder, "sentence-transformers/<id>", "a directory")
@@ -95,6 +99,8 @@ def check_vote(config: SmoothGuardConfig) -> None:
         raise ConfigError(f"num_samples is {config.num_samples}; expected at least 2, for one answer is no vote")
     if config.sigma == 0:
         raise ConfigError(f"sigma is {config.sigma}; expected more, for equal copies defend nothing")
+    if config.audio_sigma == 0 and config.audio_snr is None:
+        raise ConfigError(f"audio_sigma is {config.audio_sigma}; expected more, for equal copies defend nothing")
 
 
 def parse_scalar(text: Any) -> Any:
@@ -135,6 +141,13 @@ def _registered(kind: plugins.Kind, name: Any, *others: str) -> None:
 
 def _is_model_path(embedder: str) -> bool:
     return embedder.startswith("sentence-transformers/") or (embedder != "" and Path(embedder).is_dir())
+
+
+def _between(name: str, value: Any, low: float, high: float, units: str, example: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name} is {value!r}; expected a number such as {example}")
+    if not math.isfinite(value) or not low <= value <= high:
+        raise ConfigError(f"{name} is {value!r}; expected {low:g} to {high:g} in {units}")
 
 
 def _integer(name: str, value: Any, *, at_least: int) -> None:

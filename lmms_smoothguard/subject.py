@@ -8,25 +8,29 @@ reply = subject.answer(inputs, max_new_tokens=32, defense=choose({"sigma": 0.2})
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 import hf_integration
+from hf_integration.protecting import extractor_of
 from lmms_smoothguard.choice import Choice
 from lmms_smoothguard.encoders import TowerProvenance, check_tower, load_vision_tower
 from lmms_smoothguard.errors import ConfigError, did_you_mean
 from lmms_smoothguard.evaluation.questions import Question
+from lmms_smoothguard.hearing import audio_token, drops_the_end, heard_seconds
+from lmms_smoothguard.inputs.carried import CLIPS
 from lmms_smoothguard.inputs.fitting import is_encoder_decoder
+from lmms_smoothguard.inputs.media import AUDIO_KEYS
+from lmms_smoothguard.model_loading import device_of, load_model
+from lmms_smoothguard.processing import processing_digests
 from lmms_smoothguard.reproducible import reproducible_sums
+from lmms_smoothguard.sounds import Sound
 from lmms_smoothguard.tiny import place
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 EMBEDDED = "tiny-llava"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 GREEDY: Mapping[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 """What `generate` is told: the likeliest token every time."""
 
@@ -43,7 +47,7 @@ class Reply(NamedTuple):
 class Subject:
     """A model and its processor.
 
-    pretrained: a hub id, a directory, or `tiny-llava` for the embedded model; device: None = the GPU if there is one;
+    pretrained: a hub id, a directory, or the name of an embedded model (`tiny-llava`); device: None = the GPU if there is one;
     dtype: "auto" is the checkpoint's. Weights are read from safetensors only, and a checkpoint's own code is run only
     where `trust_remote_code` says so. vision_tower, vision_tower_resolution: `source` and `resolution` of
     `encoders.load_vision_tower`, None = the model's own tower. Raises ConfigError for what cannot be loaded.
@@ -66,12 +70,14 @@ class Subject:
         check_tower(vision_tower, vision_tower_resolution)
         reproducible_sums()
         self.name = str(pretrained)
-        self.device = _device(device)
-        self.model, self.processor = _load(place(self.name), self.device, dtype, trust_remote_code)
+        self.device = device_of(device)
+        self.model, self.processor = load_model(place(self.name), self.device, dtype, trust_remote_code)
         if vision_tower is not None:
             self.tower = load_vision_tower(self.model, vision_tower, self.processor, vision_tower_resolution)
         hf_integration.enable()
         hf_integration.attach(self.model, self.processor)
+        if extractor_of(self.processor) is not None:
+            hf_integration.protect(self.processor)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -83,57 +89,104 @@ class Subject:
     def processing(self) -> dict[str, str | None]:
         """Digests of what makes tokens and pixels of a question: chat_template, tokenizer, processor (its settings and those of
         what is in it); None for what there is none of."""
-        return {
-            "chat_template": _digest(getattr(self.processor, "chat_template", None)),
-            "tokenizer": _digest(_tokenizing(self.tokenizer)),
-            "processor": _digest(_settings(self.processor)),
-        }
+        return processing_digests(self.processor)
 
     @property
     def tokenizer(self) -> Any:
         """The processor's tokenizer."""
         return getattr(self.processor, "tokenizer", self.processor)
 
-    def inputs(self, question: Question) -> dict[str, torch.Tensor]:
-        """The tensors that `generate` takes, batch size 1, on the model's device: pictures first, then the text.
+    def sounds(self, question: Question) -> tuple[Sound, ...]:
+        """The question's sounds at the model's rate, as the processor gets them. Raises ConfigError for a model without one."""
+        if not question.sounds:
+            return ()
+        extractor = extractor_of(self.processor)
+        if extractor is None:
+            raise ConfigError(
+                f"question {question.id!r} has sounds, and {self.name} has a {type(self.processor).__name__}, which takes none; "
+                "expected a model that hears"
+            )
+        return tuple(sound.at(int(extractor.sampling_rate)) for sound in question.sounds)
 
-        Through the processor's chat template; without one the prompt is the pictures' tokens, a line break and the text.
-        Raises ConfigError where the text itself has tokens that stand for pictures.
+    def inputs(self, question: Question) -> dict[str, Any]:
+        """What `generate` takes, batch size 1, tensors on the model's device: pictures first, then sounds, then the text.
+
+        Through the processor's chat template; without one the prompt is the tokens of pictures and sounds, a line break and the
+        text. With sounds there is, beside the tensors, what a defence needs of them (`inputs.carried.CLIPS`).
+        Raises ConfigError where the text itself has tokens that stand for pictures or sounds, for pictures or sounds that the
+        model does not take, and for a sound whose end its processor would drop.
         """
-        placeholder = image_token(self.processor)
-        if placeholder and placeholder in question.text:
-            raise ConfigError(
-                f"question {question.id!r} has {placeholder} in its text; expected the text alone, pictures are put before it"
-            )
-        try:
-            made = self._prompted(question, placeholder)
-        except ValueError as error:
-            raise ConfigError(
-                f"the processor of {self.name} cannot take question {question.id!r}: {error}; expected one for pictures and text, "
-                "with a chat template that has pictures in it"
-            ) from error
-        if not any(key.startswith("pixel_values") for key in made):
-            raise ConfigError(
-                f"the processor of {self.name} made no pixels of question {question.id!r}; expected a chat template that takes "
-                "pictures"
-            )
+        self._check_text(question)
+        sounds = self.sounds(question)
+        made = self._made(question, sounds)
+        for kind, there, found in (
+            ("pixels", question.images, any(key.startswith("pixel_values") for key in made)),
+            ("features of the sounds", sounds, any(key in AUDIO_KEYS for key in made)),
+        ):
+            if there and not found:
+                raise ConfigError(
+                    f"the processor of {self.name} made no {kind} of question {question.id!r}; expected a chat template that takes "
+                    f"{'pictures' if there is question.images else 'sounds'}"
+                )
+        self._check_heard(question, sounds)
         return {
             key: value.to(self.device, self.model.dtype if value.is_floating_point() else None)
+            if isinstance(value, torch.Tensor)
+            else value
             for key, value in made.items()
-            if isinstance(value, torch.Tensor) and key != "labels"
+            if key == CLIPS or (isinstance(value, torch.Tensor) and key != "labels")
         }
 
-    def _prompted(self, question: Question, placeholder: str) -> Mapping[str, Any]:
-        images = list(question.images)
+    def _check_text(self, question: Question) -> None:
+        for token, kind in (
+            (image_token(self.processor), "pictures"),
+            (getattr(self.processor, "audio_token", None), "sounds"),
+        ):
+            if token and token in question.text:
+                raise ConfigError(
+                    f"question {question.id!r} has {token} in its text; expected the text alone, {kind} are put before it"
+                )
+
+    def _check_heard(self, question: Question, sounds: tuple[Sound, ...]) -> None:
+        for slot, sound in enumerate(sounds):
+
+            def replaced(other: Sound, slot: int = slot) -> Mapping[str, Any]:
+                return self._made(question, (*sounds[:slot], other, *sounds[slot + 1 :]))
+
+            if drops_the_end(self.processor, sound, replaced):
+                most = heard_seconds(self.processor)
+                heard = "a part of it" if most is None else f"its first {most:g} seconds"
+                raise ConfigError(
+                    f"sound {slot + 1} of question {question.id!r} lasts {sound.seconds:g} seconds, of which {self.name} hears {heard} "
+                    f"alone; expected at most {'that' if most is None else f'{most:g} seconds'}. Cut it into parts"
+                )
+
+    def _made(self, question: Question, sounds: tuple[Sound, ...]) -> Mapping[str, Any]:
+        try:
+            return self._prompted(question, sounds)
+        except ValueError as error:
+            kind = "pictures" if not sounds else "sounds" if not question.images else "pictures, sounds"
+            raise ConfigError(
+                f"the processor of {self.name} cannot take question {question.id!r}: {error}; expected one for {kind} and text, "
+                f"with a chat template that has {kind.replace(',', ' and')} in it"
+            ) from error
+
+    def _prompted(self, question: Question, sounds: tuple[Sound, ...]) -> Mapping[str, Any]:
+        images, waves = list(question.images), [sound.samples for sound in sounds]
         if getattr(self.processor, "chat_template", None):
-            content = [{"type": "image", "image": image} for image in images]
+            content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+            content += [{"type": "audio", "audio": wave} for wave in waves]
             messages = [{"role": "user", "content": [*content, {"type": "text", "text": question.text}]}]
             made: Mapping[str, Any] = self.processor.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
             )
             return made
-        text = f"{placeholder * len(images)}\n{question.text}" if placeholder else question.text
-        made = self.processor(images=[images], text=[text], return_tensors="pt")
+        tokens = image_token(self.processor) * len(images) + audio_token(self.processor) * len(waves)
+        text = f"{tokens}\n{question.text}" if tokens else question.text
+        given: dict[str, Any] = {"images": [images]} if images else {}
+        if waves:
+            given |= {"audio": waves, "audio_kwargs": {"sampling_rate": sounds[0].rate}}
+        made = self.processor(text=[text], return_tensors="pt", **given)
         return made
 
     def answer(self, inputs: Mapping[str, Any], max_new_tokens: int = 32, defense: Choice | None = None) -> Reply:
@@ -166,61 +219,3 @@ def image_token(processor: Any) -> str:
     if token == "<|image_pad|>":  # Qwen-VL's positions count from the token before it
         return f"<|vision_start|>{token}<|vision_end|>"
     return token
-
-
-def _digest(parts: Any) -> str | None:
-    if not parts:
-        return None
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=_plain).encode()).hexdigest()[:32]
-
-
-def _plain(value: Any) -> str:
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # an address is another one in every process
-
-
-def _settings(part: Any) -> dict[str, Any]:
-    """A processor's, of whatever kind, without where it lies."""
-    made = {"class": type(part).__name__, **part.to_dict()}
-    for name in ("image_processor", "video_processor", "feature_extractor"):  # not all processors list them
-        inner: Any = getattr(part, name, None)
-        if hasattr(inner, "to_dict"):
-            made[name] = {"class": type(inner).__name__, **inner.to_dict()}
-    return {name: value for name, value in made.items() if name not in ("_name_or_path", "name_or_path")}
-
-
-def _tokenizing(tokenizer: Any) -> list[Any]:
-    """What a tokenizer does to a text. Padding and truncation are each call's own."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        inside: Any = tokenizer.get_vocab()
-    else:
-        inside = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
-    return [type(tokenizer).__name__, inside]
-
-
-def _device(device: str | None) -> torch.device:
-    try:
-        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ConfigError(f"device is {device!r}; expected cpu, cuda or cuda:0") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device is {device!r}, and torch sees no GPU; expected cpu")
-    return found
-
-
-def _load(where: str, device: torch.device, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    try:
-        processor = AutoProcessor.from_pretrained(where, trust_remote_code=trust_remote_code)
-        model = AutoModelForImageTextToText.from_pretrained(
-            where, dtype=dtype, device_map=str(device), use_safetensors=True, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigError(
-            f"the model {where!r} cannot be loaded: {str(error).splitlines()[0] if str(error) else type(error).__name__}. "
-            f"Expected a hub id, a directory with safetensors weights and a processor, or {EMBEDDED}"
-        ) from error
-    if not hasattr(processor, "image_processor"):
-        raise ConfigError(f"{where!r} has a {type(processor).__name__}; expected a processor of pictures and text")
-    return model.eval(), processor

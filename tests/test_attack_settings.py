@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lmms_smoothguard.attacks.base import IteratedAttack, value_and_gradients
+from lmms_smoothguard.attacks.media import PICTURES
 from lmms_smoothguard.attacks.objective import AnswerLoss, Threat
 from lmms_smoothguard.attacks.pgd import PGD, PGDOptions
 from lmms_smoothguard.attacks.precision import exact_logits
@@ -101,7 +102,12 @@ def test_options_of_another_attack_are_refused(wild):
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_a_budget_below_one_grey_level_is_refused_because_rounding_would_undo_it(norm):
     with pytest.raises(ConfigError, match=r"eps is 0\.003, less than one grey level"):
-        AttackSettings.parse({"norm": norm, "eps": 0.003})
+        AttackSettings.parse({"name": "square", "norm": norm, "eps": 0.003})
+    either = AttackSettings.parse({"norm": norm, "eps": 0.003})  # enough for a sound
+    with pytest.raises(ConfigError, match=r"eps is 0\.003, less than one grey level"):
+        either.check_medium(PICTURES)
+    with pytest.raises(ConfigError, match=r"eps is 3e-05, less than one step of 16-bit PCM.*expected 1/32768 or more"):
+        AttackSettings.parse({"norm": norm, "eps": 3e-5})
     assert [AttackSettings.parse({"norm": norm, "eps": eps}).eps for eps in (0, "1/255")] == [0, 1 / 255]
 
 

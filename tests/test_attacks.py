@@ -355,7 +355,7 @@ def test_rounding_keeps_most_of_a_small_l2_change():
     attack = PGD(AttackSettings(eps=2.0, norm="l2"))
     wanted = torch.randn(clean.shape)
     wanted = wanted / wanted.flatten(1).norm(dim=1).view(-1, 1, 1, 1) * 2.0
-    found = attack.to_8_bit(clean + wanted, clean) - clean
+    found = attack.to_whole_steps(clean + wanted, clean) - clean
     assert (found.flatten(1).norm(dim=1) <= 2.0 + 1e-5).all()
     assert (found.flatten(1).norm(dim=1) >= 1.9).all()
     assert ((found * 255) - (found * 255).round()).abs().max() < 1e-3

@@ -116,7 +116,7 @@ def test_command_line_scalars(text, value):
         ({"name": "pdg"}, "did you mean 'pgd'"),
         ({"eps": 4}, "4/255"),
         ({"eps": -0.1}, "0 or more"),
-        ({"eps": 0.5 / 255}, "one grey level"),
+        ({"name": "square", "eps": 0.5 / 255}, "one grey level"),
         ({"eps": "nan"}, "nan"),
         ({"norm": "linff"}, "did you mean 'linf'"),
         ({"steps": 0}, "at least 1"),

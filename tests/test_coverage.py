@@ -8,7 +8,7 @@ import pytest
 import transformers
 from tiny_models import COVERED
 
-import coverage as table
+import coverage_table as table
 
 STORED = json.loads(table.RESULT.read_text())
 

@@ -288,7 +288,7 @@ def test_an_exception_in_the_defence_surfaces(monkeypatch):
     def broken(*args, **kwargs):
         raise UndefendableError("the defence cannot act")
 
-    monkeypatch.setattr(Request, "images", broken)
+    monkeypatch.setattr(Request, "media", broken)
     with pytest.raises(RuntimeError, match="the defence cannot act"):
         evaluate(["shapes_pope"], limit=2)
 

@@ -21,7 +21,6 @@ from fastapi.responses import Response, StreamingResponse
 from PIL import Image
 from serving import remembering, served
 
-from lmms_smoothguard.blackbox.sounds import read_clip
 from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.errors import ConfigError
 from lmms_smoothguard.proxy import remote
@@ -29,6 +28,7 @@ from lmms_smoothguard.proxy.app import make_app
 from lmms_smoothguard.proxy.media import read_picture
 from lmms_smoothguard.proxy.refusals import Refusal
 from lmms_smoothguard.proxy.settings import ProxySettings
+from lmms_smoothguard.sounds import read_clip
 
 DEFENSE = SmoothGuardConfig(num_samples=3, sigma=0.1, noise_space="pixel", seed=None)
 CHAT = "/v1/chat/completions"

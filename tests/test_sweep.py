@@ -30,11 +30,12 @@ from lmms_smoothguard.processes import Processes
 from lmms_smoothguard.subject import Subject
 from lmms_smoothguard.sweeps import grid as grids
 from lmms_smoothguard.sweeps import tables
-from lmms_smoothguard.sweeps.answers import AnswerCache, Answerer, Noise
+from lmms_smoothguard.sweeps.answers import AnswerCache, Answerer
 from lmms_smoothguard.sweeps.canvas import save
 from lmms_smoothguard.sweeps.collect import Collector, is_right
 from lmms_smoothguard.sweeps.figures import by_poisoned_copies, differences, rates
 from lmms_smoothguard.sweeps.grid import Grid, conditions
+from lmms_smoothguard.sweeps.noises import Noise
 from lmms_smoothguard.sweeps.plots import Trade, pareto_figure, sigma_figure, trades, undominated
 from lmms_smoothguard.sweeps.presets import PRESETS, README, parts_of, run_preset
 from lmms_smoothguard.sweeps.records import read_sweep, read_sweep_samples

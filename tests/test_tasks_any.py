@@ -97,7 +97,7 @@ def test_settings_without_an_attack_are_warned_of(caplog):
 
 def test_a_video_is_not_taken_for_a_sample_without_an_image():
     wrapper, requests = requests_for([{"image": "film.mp4"}])
-    with pytest.raises(AttackError, match=r"made\[0\] has media, but no picture in memory"):
+    with pytest.raises(AttackError, match=r"made\[0\] has media, but no picture or sound in memory"):
         planning.plan(wrapper, requests, options(name="pgd"))
 
 
@@ -157,7 +157,7 @@ def test_a_picture_that_cannot_be_read_is_named():
 
     wrapper, requests = requests_for([{"image": PICTURE}])
     wrapper.task_dict = {"made": {"test": Broken()}}
-    with pytest.raises(AttackError, match=r"pictures of made\[0\] cannot be read \(OSError: Truncated"):
+    with pytest.raises(AttackError, match=r"media of made\[0\] cannot be read \(OSError: Truncated"):
         planning.plan(wrapper, requests, options(name="pgd"))
 
 

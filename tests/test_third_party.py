@@ -197,7 +197,7 @@ def test_what_fails_on_use_fails_the_request_and_is_named(tmp_path):
     assert found.pop("fine") == "answered"
     complaints = {
         "raises": "ZeroDivisionError: division by zero",
-        "sleeps": "did nothing with a request that has images",
+        "sleeps": "did nothing with a request that has media",
         "lies": "returned a Tensor; expected lmms_smoothguard.defenses.Defended",
         "bare": "has no config dataclass",
         "absent": "cannot be loaded from careless:ABSENT",

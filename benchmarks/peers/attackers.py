@@ -66,7 +66,7 @@ def run_of(side: str, subject: Subject, case: Case) -> Run:
         found = peer(classifier, case, classifier.carrying(clean, numbers), torch.tensor([q.label for q in questions]))
         if classifier.numbers(found).tolist() != list(numbers):
             raise RuntimeError(f"{side} {case} moved a question's number; the rows were asked something else")
-        return PGD(AttackSettings(norm=case.norm, eps=BUDGETS[case.norm])).to_8_bit(found[:, :, :-1], clean)
+        return PGD(AttackSettings(norm=case.norm, eps=BUDGETS[case.norm])).to_whole_steps(found[:, :, :-1], clean)
 
     return run
 

@@ -21,13 +21,21 @@ def attack(
     data: Annotated[
         str,
         typer.Argument(
-            help="A folder of pictures, a parquet / json / jsonl / csv file, a data set (hub id or directory), an lmms-eval task, "
+            help="A folder of pictures or sounds, a parquet / json / jsonl / csv file, a data set (hub id or directory), an lmms-eval task, "
             "or the directory of an earlier run."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Directory of the run; started again, it goes on where it was.")],
     name: Annotated[str, typer.Option("--attack", rich_help_panel=_ATTACK, help="A registered attack.")] = "pgd",
-    eps: Annotated[str | None, typer.Option(rich_help_panel=_ATTACK, help="Radius, such as 4/255.")] = None,
+    eps: Annotated[
+        str | None, typer.Option(rich_help_panel=_ATTACK, help="Radius, such as 4/255; of sounds such as 0.0005.")
+    ] = None,
+    snr: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=_ATTACK, help="Of sounds with --norm l2, instead of a radius: dB of a clip over its change."
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option(rich_help_panel=_ATTACK)] = None,
     norm: Annotated[str | None, typer.Option(rich_help_panel=_ATTACK, help="linf or l2.")] = None,
     target: Annotated[str | None, typer.Option(rich_help_panel=_ATTACK, help="A text to be forced.")] = None,
@@ -71,11 +79,13 @@ def attack(
     device: shared.Device = None,
     dtype: shared.Dtype = "auto",
     trust_remote_code: shared.TrustRemoteCode = False,
-    cache: Annotated[Path | None, typer.Option(rich_help_panel=shared.MACHINE, help="Of adversarial images.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(rich_help_panel=shared.MACHINE, help="Of adversarial images and sounds.")
+    ] = None,
     vision_tower: shared.VisionTower = None,
     vision_tower_resolution: shared.VisionTowerResolution = "model",
 ) -> None:
-    """Craft adversarial images for any questions: PNG files and attacks.parquet, with the answers before and after.
+    """Craft adversarial images or sounds for any questions: PNG or WAV files and attacks.parquet, with the answers before and after.
 
     On several processes: accelerate launch --num_processes 2 -m lmms_smoothguard attack ...
     """
@@ -85,7 +95,7 @@ def attack(
     from lmms_smoothguard.attacks.settings import AttackSettings
     from lmms_smoothguard.choice import choose
 
-    options = {"eps": eps, "steps": steps, "norm": norm, "target": target, "eot": eot, "seed": attack_seed}
+    options = {"eps": eps, "snr": snr, "steps": steps, "norm": norm, "target": target, "eot": eot, "seed": attack_seed}
     fields: dict[str, Any] = {"sigma": sigma, "noise_space": noise_space, "num_samples": num_samples}
     given = _known(fields) | {key: parse_scalar(value) for key, value in _pairs("--defense-set", defense_settings)}
     if defense == "none" and given:

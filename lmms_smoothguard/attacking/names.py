@@ -38,4 +38,13 @@ def _digested(name: str, escaped: str) -> str:
 
 def image_name(name: str, slot: int) -> str:
     """The file of a question's n-th image."""
-    return f"{name}.png" if slot == 0 else f"{name}+{slot}.png"
+    return _numbered(name, slot, "png")
+
+
+def sound_name(name: str, slot: int) -> str:
+    """The file of a question's n-th sound."""
+    return _numbered(name, slot, "wav")
+
+
+def _numbered(name: str, slot: int, ending: str) -> str:
+    return f"{name}.{ending}" if slot == 0 else f"{name}+{slot}.{ending}"

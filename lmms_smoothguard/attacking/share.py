@@ -19,9 +19,12 @@ from lmms_smoothguard.attacking.summary import success_so_far
 from lmms_smoothguard.attacks.cache import AttackCache, Entry
 from lmms_smoothguard.attacks.craft import Crafter, Job
 from lmms_smoothguard.attacks.goals import goal
+from lmms_smoothguard.attacks.media import PICTURES, SOUNDS
 from lmms_smoothguard.choice import check
-from lmms_smoothguard.errors import AttackError
+from lmms_smoothguard.errors import AttackError, ConfigError
 from lmms_smoothguard.evaluation.questions import Question, Questions
+from lmms_smoothguard.inputs.carried import CLIPS
+from lmms_smoothguard.sounds import sound_of
 from lmms_smoothguard.subject import Subject
 
 log = logging.getLogger(__name__)
@@ -32,15 +35,15 @@ EMPTY_ANSWER = "the clean answer is empty: there is nothing to lead away from"
 
 
 class Prepared(NamedTuple):
-    """A sample before crafting; question: without its pictures, which are read again; job: likewise, with its inputs in main
-    memory, for many wait their turn; None where the sample cannot be attacked; sizes: of its pictures; standing: what its
-    clean answer makes of it."""
+    """A sample before crafting; question: without its pictures and sounds, which are read again; job: likewise, with its inputs in
+    main memory, for many wait their turn; None where the sample cannot be attacked; sizes: of its pictures, and how long its
+    sounds are at the model's rate; standing: what its clean answer makes of it."""
 
     number: int
     question: Question
     standing: Standing
     job: Job | None
-    sizes: tuple[tuple[int, int], ...]
+    sizes: tuple[tuple[int, ...], ...]
 
 
 class Share:
@@ -84,6 +87,7 @@ class Share:
 
     def _prepare(self, number: int) -> Prepared:
         question = self._questions[number]
+        self._check_medium(question)
         target = question.target if self._asked.targeted else self._asked.attack.target
         inputs = self._subject.inputs(question)
         text, ids, _ = self._subject.answer(inputs, self._length)
@@ -91,12 +95,26 @@ class Share:
         right = not question.right or self._rules.is_right(text, question.right)
         answer = goal(self._subject.tokenizer, inputs, ids, target=target, label=question.label, clean_is_right=right)
         settings = dataclasses.replace(self._asked.attack, target=target)
-        waiting = {key: value.cpu() for key, value in inputs.items()}
+        waiting = {
+            key: value.cpu() if isinstance(value, torch.Tensor) else value
+            for key, value in inputs.items()
+            if key != CLIPS  # the sounds once more, which are read again
+        }
         job = None if answer is None else Job(settings, (), waiting, answer)
-        sizes = tuple(image.size for image in question.images)
+        lengths = tuple((len(sound.samples),) for sound in self._subject.sounds(question))
+        sizes = (*(image.size for image in question.images), *lengths)
         if job is None:
             standing = standing._replace(counted=False)
-        return Prepared(number, dataclasses.replace(question, images=()), standing, job, sizes)
+        return Prepared(number, dataclasses.replace(question, images=(), sounds=()), standing, job, sizes)
+
+    def _check_medium(self, question: Question) -> None:
+        """Nothing is answered first that could not be attacked then."""
+        if question.images and question.sounds:
+            raise ConfigError(
+                f"question {question.id!r} has pictures and sounds; expected one of the two to attack. Leave one out, such as with "
+                "--column images=none"
+            )
+        self._asked.attack.check_medium(SOUNDS if question.sounds else PICTURES)
 
     # -- crafting ------------------------------------------------------------------------------------------------------
 
@@ -112,8 +130,14 @@ class Share:
 
     def _whole(self, one: Prepared) -> Job:
         assert one.job is not None
-        inputs = {key: value.to(self._subject.device) for key, value in one.job.inputs.items()}
-        return dataclasses.replace(one.job, images=self._questions[one.number].images, inputs=inputs)
+        inputs = {
+            key: value.to(self._subject.device) if isinstance(value, torch.Tensor) else value
+            for key, value in one.job.inputs.items()
+        }
+        question = self._questions[one.number]
+        return dataclasses.replace(
+            one.job, images=question.images, sounds=self._subject.sounds(question), inputs=inputs
+        )
 
     def _craft(self, jobs: list[Job]) -> list[Entry] | None:
         """The entries of one batch; None when memory was short and the next batch is to be smaller."""
@@ -142,30 +166,35 @@ class Share:
             "attacked": True,
             "reason": None,
             "images": self._store.put_images(one.question.id, entry.images),
+            "sounds": self._store.put_sounds(one.question.id, entry.sounds),
             "attack": entry.record["attack"],
             "attack_key": entry.key,
             **{key: entry.record[key] for key in ("linf", "l2", "rendering_gap", "objective")},
+            "snr_db": entry.record.get("snr_db", []),
         }
         return self._answered(one, made) | {"crafting_seconds": entry.record["seconds"]}
 
     def _left_out(self, one: Prepared) -> dict[str, Any]:
-        """The sample with its own pictures, so that the data set is whole; it is in no rate."""
-        clean = [np.asarray(image) for image in self._questions[one.number].images]
+        """The sample with its own pictures or sounds, so that the data set is whole; it is in no rate."""
+        question = self._questions[one.number]
+        clean = [np.asarray(image) for image in question.images]
         made = {
             "attacked": False,
             "reason": EMPTY_ANSWER,
             "images": self._store.put_images(one.question.id, clean),
+            "sounds": self._store.put_sounds(one.question.id, self._subject.sounds(question)),
             "attack": dataclasses.replace(self._asked.attack, target=one.standing.target).to_dict(),
             "attack_key": None,
-            "linf": 0.0, "l2": 0.0, "rendering_gap": None, "objective": [],
+            "linf": 0.0, "l2": 0.0, "rendering_gap": None, "objective": [], "snr_db": [None] * len(question.sounds),
         }  # fmt: skip
         return self._answered(one, made)
 
     def _answered(self, one: Prepared, made: dict[str, Any]) -> dict[str, Any]:
-        """Answers to the images as they can be read back, through the ordinary path."""
+        """Answers to the images and sounds as they can be read back, through the ordinary path."""
         question, before = one.question, one.standing
         pictures = tuple(Image.open(self._store.root / image["file"]).convert("RGB") for image in made["images"])
-        inputs = self._subject.inputs(dataclasses.replace(question, images=pictures))
+        sounds = tuple(sound_of(sound["file"], self._store.root) for sound in made["sounds"])
+        inputs = self._subject.inputs(dataclasses.replace(question, images=pictures, sounds=sounds))
         answer = self._subject.answer(inputs, self._length).text
         record = {
             "id": question.id,

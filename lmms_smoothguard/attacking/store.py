@@ -1,8 +1,9 @@
-"""The directory of a run: settings, one record a sample, its images. Whole files or none, whenever the run is killed.
+"""The directory of a run: settings, one record a sample, its images and sounds. Whole files or none, whenever the run is killed.
 
 DIR/settings.json           what the run is; a run with other settings is refused
-DIR/samples/<id>.json       everything known of a sample; written after its images, with their digests
+DIR/samples/<id>.json       everything known of a sample; written after its images and sounds, with their digests
 DIR/images/<id>.png         adversarial images (`<id>+1.png`, ... where a question has several)
+DIR/sounds/<id>.wav         adversarial sounds, 16-bit PCM at the model's rate (likewise)
 DIR/attacks.parquet, summary.json, README.md     made from the records at the end
 """
 
@@ -20,8 +21,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lmms_smoothguard.attacking.names import file_names, image_name
+from lmms_smoothguard.attacking.names import file_names, image_name, sound_name
 from lmms_smoothguard.errors import AttackError, ConfigError
+from lmms_smoothguard.sounds import Sound
 
 log = logging.getLogger(__name__)
 
@@ -90,20 +92,32 @@ class Store:
         for slot, image in enumerate(images):
             buffer = io.BytesIO()
             Image.fromarray(image).save(buffer, "PNG")
-            file = f"images/{image_name(self._names[name], slot)}"
-            self.write(file, buffer.getvalue())
-            written.append({"file": file, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()})
+            written.append(self._put(f"images/{image_name(self._names[name], slot)}", buffer.getvalue()))
         return written
+
+    def put_sounds(self, name: str, sounds: Sequence[Sound]) -> list[dict[str, str]]:
+        """Writes a sample's sounds as 16-bit PCM, and says where they are, with their digests."""
+        return [
+            self._put(f"sounds/{sound_name(self._names[name], slot)}", sound.wav) for slot, sound in enumerate(sounds)
+        ]
+
+    def _put(self, file: str, data: bytes) -> dict[str, str]:
+        self.write(file, data)
+        return {"file": file, "sha256": hashlib.sha256(data).hexdigest()}
 
     def images(self, record: Mapping[str, Any]) -> list[bytes]:
         """The image files of a record. Raises OSError or ValueError where they are not the ones it vouches for."""
-        found = []
-        for image in record["images"]:
-            data = (self.root / image["file"]).read_bytes()
-            if hashlib.sha256(data).hexdigest() != image["sha256"]:
-                raise ValueError(f"{image['file']} is not the image that was written")
-            found.append(data)
-        return found
+        return [self._file(image, "image") for image in record["images"]]
+
+    def sounds(self, record: Mapping[str, Any]) -> list[bytes]:
+        """Its sound files, likewise; none of a record from before there were any."""
+        return [self._file(sound, "sound") for sound in record.get("sounds", ())]
+
+    def _file(self, listed: Mapping[str, str], kind: str) -> bytes:
+        data = (self.root / listed["file"]).read_bytes()
+        if hashlib.sha256(data).hexdigest() != listed["sha256"]:
+            raise ValueError(f"{listed['file']} is not the {kind} that was written")
+        return data
 
     def put(self, record: Mapping[str, Any]) -> None:
         """Writes a sample's record: from here on it is done."""
@@ -117,9 +131,10 @@ class Store:
             if record["id"] != name or record["digest"] != digest:
                 raise ValueError("it is of another sample")
             self.images(record)
+            self.sounds(record)
         except FileNotFoundError:
             if path.exists():
-                log.warning("%s has lost an image and is made again", path)
+                log.warning("%s has lost an image or a sound and is made again", path)
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("%s is damaged (%s) and is made again", path, error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lmms_smoothguard.attacking.store import Store
@@ -38,7 +38,8 @@ def write_results(store: Store, settings: Mapping[str, Any], questions: Question
     whole = [record for record in records if record is not None]
     store.write(ATTACKS, _parquet(store, whole, settings))
     summary = summarize(whole)
-    store.write("README.md", _card(settings, summary).encode())
+    kind = "sounds" if any(record.get("sounds") for record in whole) else "images"
+    store.write("README.md", _card(settings, summary, kind).encode())
     store.write("summary.json", json.dumps(summary, indent=1).encode())
     return summary
 
@@ -118,21 +119,26 @@ def _parquet(store: Store, records: Sequence[Mapping[str, Any]], settings: Mappi
 def _columns(store: Store, records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> dict[str, Any]:
     """{name: (type, value of a record)}. How long anything took stays in the records: the table is the same however the
     run was cut up."""
-    from datasets import Image, List, Value
+    from datasets import Audio, Image, List, Value
 
     text, flag, number, whole = Value("string"), Value("bool"), Value("float64"), Value("int64")
 
     def plain(kind: Any, *names: str) -> dict[str, Any]:
         return {name: (kind, lambda record, name=name: record[name]) for name in names}
 
-    def pictures(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-        return [{"bytes": data, "path": None} for data in store.images(record)]
+    def media(listed: str, name: str, kind: Any, read: Callable[[Any], list[bytes]]) -> dict[str, Any]:
+        """A column of pictures or sounds, or of lists where a record has several; none where none has any."""
+
+        def cells(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+            return [{"bytes": data, "path": None} for data in read(record)]
+
+        most = max(len(record.get(listed, ())) for record in records)
+        if most > 1:
+            return {f"{name}s": (List(kind), cells)}
+        return {name: (kind, lambda record: next(iter(cells(record)), None))} if most else {}
 
     columns = plain(text, "id")
-    if any(len(record["images"]) > 1 for record in records):
-        columns["images"] = (List(Image()), pictures)
-    else:
-        columns["image"] = (Image(), lambda record: pictures(record)[0])
+    columns |= media("images", "image", Image(), store.images) | media("sounds", "audio", Audio(), store.sounds)
     columns |= plain(text, "question", "label", "target", "group")
     if any(record["accepted"] for record in records):
         columns |= plain(List(text), "accepted")
@@ -143,9 +149,16 @@ def _columns(store: Store, records: Sequence[Mapping[str, Any]], settings: Mappi
         columns |= plain(number, "defended_agreement", "defended_suspicion") | plain(whole, "defended_num_samples_used")
     columns |= plain(text, "rule", "verdict", "reason") | plain(flag, "attacked", "counted", "success", "target_said")
     columns |= plain(number, "linf", "l2", "rendering_gap") | plain(List(number), "objective")
+    if any(record.get("sounds") for record in records):
+        columns["snr_db"] = (List(number), lambda record: record.get("snr_db", []))
     columns |= plain(text, "attack_key", "digest")
-    for part in ("file", "sha256"):
-        columns[f"image_{part}s"] = (List(text), lambda record, part=part: [image[part] for image in record["images"]])
+    for medium in ("image", "sound"):
+        if any(record.get(f"{medium}s") for record in records):
+            for part in ("file", "sha256"):
+                columns[f"{medium}_{part}s"] = (
+                    List(text),
+                    lambda record, key=f"{medium}s", part=part: [one[part] for one in record.get(key, ())],
+                )
     for field in records[0]["attack"]:
         if field != "target":  # a column already
             columns[f"attack_{field}"] = _setting([record["attack"][field] for record in records], field)
@@ -176,13 +189,13 @@ def _setting(values: Sequence[Any], field: str) -> Any:
 # -- the card ----------------------------------------------------------------------------------------------------------
 
 
-def _card(settings: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    """With its head `datasets.load_dataset(DIR)` finds the table, whatever images are called."""
+def _card(settings: Mapping[str, Any], summary: Mapping[str, Any], kind: str) -> str:
+    """With its head `datasets.load_dataset(DIR)` finds the table, whatever images and sounds are called."""
     tower = settings["model"].get("vision_tower")
     model = settings["model"]["name"] + ("" if tower is None else f" with the vision tower {tower['source']}")
     lines = [
         "---", "configs:", "- config_name: default", "  data_files:", "  - split: test", f"    path: {ATTACKS}", "---", "",
-        "# Adversarial images", "",
+        f"# Adversarial {kind}", "",
         f"Crafted on {model} for {settings['data']['source']} with {settings['attack']['name']}; all settings "
         "are in `settings.json`.", "", *describe(summary),
     ]  # fmt: skip

@@ -7,7 +7,8 @@ import dataclasses
 import torch
 
 from lmms_smoothguard.attacks.base import Attack, value_and_gradients
-from lmms_smoothguard.attacks.pictures import Objective, Pictures, Progress, norms
+from lmms_smoothguard.attacks.media import Slots, per_row
+from lmms_smoothguard.attacks.pictures import Objective, Progress, norms
 from lmms_smoothguard.errors import ConfigError
 
 _FIRST, _SHRINK, _LEAST = 22, 3, 6
@@ -41,16 +42,16 @@ def checkpoints(steps: int) -> list[int]:
 
 @dataclasses.dataclass
 class _Point:
-    """Pictures with their objective (batch,) and its gradients."""
+    """Slots with their objective (batch,) and its gradients."""
 
-    pictures: Pictures
+    slots: Slots
     value: torch.Tensor
-    gradients: Pictures
+    gradients: Slots
 
     def where(self, chosen: torch.Tensor, other: _Point) -> _Point:
         """This one in the `chosen` rows (batch,), the other in the rest."""
         return _Point(
-            _where(chosen, self.pictures, other.pictures),
+            _where(chosen, self.slots, other.slots),
             torch.where(chosen, self.value, other.value),
             _where(chosen, self.gradients, other.gradients),
         )
@@ -60,7 +61,7 @@ class _Judge:
     """Each row's step size, and what it is halved by: conditions 1 and 2 of section 3.1."""
 
     def __init__(self, start: torch.Tensor, step: float) -> None:
-        """start: the objective (batch,) of the first pictures."""
+        """start: the objective (batch,) of the start."""
         self.step = torch.full_like(start, step)
         self._rises = torch.zeros_like(start)
         self._steps = 0
@@ -84,26 +85,27 @@ class _Judge:
 
 class APGD(Attack):
     """Steps along the gradient's sign (L-inf) or direction (L2) with momentum. At checkpoints a row that got nowhere halves
-    its step and goes back to its best pictures, and the best pictures are what the attack ends with.
+    its step and goes back to its best iterate, and the best is what the attack ends with.
 
     `step_size` is the first step, by default 2 eps as published. `steps` gradients are taken, and one value more.
 
-    Under EOT (and this is not in the paper) the largest of many noisy values is a lucky draw rather than a good picture: steps
+    Under EOT (and this is not in the paper) the largest of many noisy values is a lucky draw rather than a good iterate: steps
     are halved as ever, but no row goes back, and the attack ends where it is.
     """
 
     options = APGDOptions
+    sounds = True
 
-    def search(self, objective: Objective, clean: Pictures, start: Pictures, progress: Progress) -> Pictures:
-        """Every row has its own step size, checks and best pictures."""
+    def search(self, objective: Objective, clean: Slots, start: Slots, progress: Progress) -> Slots:
+        """Every row has its own step size, checks and best iterate."""
         steps, judged, options = self.settings.steps, checkpoints(self.settings.steps), self.settings.options
         now = best = _Point(start, *value_and_gradients(objective, start, first=True))
-        before, judge = start, _Judge(now.value, self.settings.step_size or 2 * self.settings.eps)
+        before, judge = start, _Judge(now.value, self._first_share)
         for number in range(1, steps):
             progress(number, now.value)
-            pictures = self._stepped(now, before, clean, judge.step, options.alpha if number > 1 else 1.0)
-            before, last = now.pictures, now
-            now = _Point(pictures, *value_and_gradients(objective, pictures))
+            slots = self._stepped(now, before, clean, judge.step, options.alpha if number > 1 else 1.0)
+            before, last = now.slots, now
+            now = _Point(slots, *value_and_gradients(objective, slots))
             judge.watch(last.value, now.value)
             best = now.where(now.value > best.value, best)
             if number in judged:
@@ -114,18 +116,27 @@ class APGD(Attack):
         if self.settings.eot:
             return end
         with torch.no_grad():
-            return _where(objective(end) > best.value, end, best.pictures)
+            return _where(objective(end) > best.value, end, best.slots)
 
-    def _stepped(self, now: _Point, before: Pictures, clean: Pictures, step: torch.Tensor, alpha: float) -> Pictures:
+    @property
+    def _first_share(self) -> float:
+        """The first step, in the units of `_unit`."""
+        return self.settings.step_size or 2 * (1.0 if self.settings.snr is not None else self.settings.eps)
+
+    def _unit(self, origin: torch.Tensor) -> float | torch.Tensor:
+        """What step sizes are multiples of: with `snr`, and no step asked for, the radius of each row's own ball."""
+        return 1.0 if self.settings.snr is None or self.settings.step_size else self.radius(origin)
+
+    def _stepped(self, now: _Point, before: Slots, clean: Slots, step: torch.Tensor, alpha: float) -> Slots:
         """Algorithm 1, lines 7 and 8."""
         found = []
-        for here, earlier, gradient, origin in zip(now.pictures, before, now.gradients, clean, strict=True):
+        for here, earlier, gradient, origin in zip(now.slots, before, now.gradients, clean, strict=True):
             towards = gradient.sign() if self.settings.norm == "linf" else gradient / norms(gradient).clamp(min=1e-12)
-            ahead = self.project(here + step.view(-1, 1, 1, 1).to(here) * towards, origin)
+            length = per_row(step, here).to(here) * self._unit(origin)
+            ahead = self.project(here + length * towards, origin)
             found.append(self.project(here + alpha * (ahead - here) + (1 - alpha) * (here - earlier), origin))
         return tuple(found)
 
 
-def _where(chosen: torch.Tensor, yes: Pictures, no: Pictures) -> Pictures:
-    picked = chosen.view(-1, 1, 1, 1)
-    return tuple(torch.where(picked.to(a.device), a, b) for a, b in zip(yes, no, strict=True))
+def _where(chosen: torch.Tensor, yes: Slots, no: Slots) -> Slots:
+    return tuple(torch.where(per_row(chosen, a).to(a.device), a, b) for a, b in zip(yes, no, strict=True))

@@ -1,4 +1,4 @@
-"""The base of every attack: starts, projection, restarts, 8-bit rounding. A subclass says only how it searches."""
+"""The base of every attack: starts, projection, restarts, rounding to what files hold. A subclass says only how it searches."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from lmms_smoothguard.attacks.ball import Ball
+from lmms_smoothguard.attacks.media import PICTURES, Medium, Slots, medium_of
 from lmms_smoothguard.attacks.objective import AnswerLoss, Threat
-from lmms_smoothguard.attacks.pictures import Objective, Pictures, Progress, norms, repeated
+from lmms_smoothguard.attacks.pictures import Objective, Progress, repeated
 from lmms_smoothguard.attacks.settings import AttackSettings
 from lmms_smoothguard.errors import AttackError
 
@@ -22,24 +24,23 @@ class NoOptions:
     """No settings beyond the common ones."""
 
 
-class Attack(ABC):
+class Attack(Ball, ABC):
     """An attack on a batch of requests at once.
 
-    Budget: every image of a request has its own ball of radius `settings.eps`.
+    Budget: every picture or sound of a request has its own ball, see `radius`.
 
     options: a frozen dataclass of the attack's own settings, each with a default; `settings.options` is one of it.
     defaults: where the attack's defaults differ from those of `AttackSettings`.
     needs_gradients: False for one that only asks the model for answers or scores.
+    sounds: True for one that takes sounds, (batch, samples), too; a subclass for pictures alone sets it back.
     """
 
     options: ClassVar[type[Any]] = NoOptions
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     needs_gradients: ClassVar[bool] = True
+    sounds: ClassVar[bool] = False
 
-    def __init__(self, settings: AttackSettings) -> None:
-        self.settings = settings
-
-    @classmethod  # noqa: B027 - most attacks have nothing to refuse
+    @classmethod
     def check(cls, settings: AttackSettings) -> None:
         """Raises ConfigError for settings that do not go together; called as soon as they are made."""
 
@@ -61,15 +62,15 @@ class Attack(ABC):
         return AnswerLoss.against(threat, self.settings)
 
     @abstractmethod
-    def search(self, objective: Objective, clean: Pictures, start: Pictures, progress: Progress) -> Pictures:
-        """The best pictures found from `start`, inside `project`'s ball around `clean`; rows know nothing of each other."""
+    def search(self, objective: Objective, clean: Slots, start: Slots, progress: Progress) -> Slots:
+        """The best found from `start`, inside `project`'s ball around `clean`; rows know nothing of each other."""
 
-    def run(self, objective: Objective, clean: Pictures, progress: Progress | None = None) -> Pictures:
-        """Adversarial pictures: multiples of 1/255 inside the budget. With eps 0 they are the clean ones.
+    def run(self, objective: Objective, clean: Slots, progress: Progress | None = None) -> Slots:
+        """Adversarial slots inside the budget, in whole steps of their medium (1/255, 1/32768). With no room they are the clean ones.
 
         All restarts of all rows are one batch; of a row's restarts that with the largest objective, rounded, is kept.
         """
-        if self.settings.eps == 0:
+        if not any(self.has_room(slot) for slot in clean):
             return tuple(slot.clone() for slot in clean)
         tries, rows = self.settings.restarts, len(clean[0])
         origin = repeated(clean, tries)
@@ -80,7 +81,7 @@ class Attack(ABC):
                 progress(number, value.view(tries, rows).amax(0))
 
         found = self.search(objective, origin, tuple(map(torch.cat, zip(*starts, strict=True))), report)
-        rounded = tuple(self.to_8_bit(new, old) for new, old in zip(found, origin, strict=True))
+        rounded = tuple(self.to_whole_steps(new, old) for new, old in zip(found, origin, strict=True))
         if tries == 1:
             return rounded
         with torch.no_grad():
@@ -88,72 +89,44 @@ class Attack(ABC):
         chosen = best * rows + torch.arange(rows, device=best.device)
         return tuple(slot[chosen.to(slot.device)] for slot in rounded)
 
-    # -- the ball ----------------------------------------------------------------------------------------------------
+    # -- where it begins -------------------------------------------------------------------------------------------------------
 
-    def start(self, clean: Pictures, number: int) -> Pictures:
+    def start(self, clean: Slots, number: int) -> Slots:
         """Where restart `number` begins."""
         if not self.settings.random_start:
             return clean
-        return tuple(
-            self.project(slot + torch.stack([self._random_offset(image, number) for image in slot]), slot)
-            for slot in clean
-        )
+        return tuple(self.project(slot + self._random_offsets(slot, number), slot) for slot in clean)
 
-    def generator(self, image: torch.Tensor, number: int = 0) -> torch.Generator:
-        """Chance for restart `number` of one clean image: a function of the seed and the image alone."""
+    def generator(self, clean: torch.Tensor, number: int = 0) -> torch.Generator:
+        """Chance for restart `number` of one clean picture or sound: a function of the seed and of that alone."""
         key = str(self.settings.seed) + (f"|{number}" if number else "")
-        digest = hashlib.blake2b(image.cpu().numpy().tobytes(), key=key.encode(), digest_size=8)
+        digest = hashlib.blake2b(clean.cpu().numpy().tobytes(), key=key.encode(), digest_size=8)
         return torch.Generator().manual_seed(int.from_bytes(digest.digest(), "big") >> 1)
 
-    def _random_offset(self, image: torch.Tensor, number: int) -> torch.Tensor:
-        """Uniform in the cube, or on a sphere of random radius."""
-        generator = self.generator(image, number)
-        if self.settings.norm == "linf":
-            offset = (torch.rand(image.shape, generator=generator) * 2 - 1) * self.settings.eps
-        else:
-            direction = torch.randn(image.shape, generator=generator)
-            offset = direction / direction.norm() * self.settings.eps * torch.rand(1, generator=generator)
-        return offset.to(image)
+    def _random_offsets(self, slot: torch.Tensor, number: int) -> torch.Tensor:
+        """Uniform in the cube, or on a sphere of random radius, for each row."""
+        radius = self.radius(slot)
+        radii = [radius] * len(slot) if isinstance(radius, float | int) else radius.flatten().tolist()
+        return torch.stack([self._random_offset(one, number, size) for one, size in zip(slot, radii, strict=True)])
 
-    def project(self, new: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
-        """Into the ball and into [0, 1]."""
-        delta = new - clean
+    def _random_offset(self, clean: torch.Tensor, number: int, radius: float) -> torch.Tensor:
+        generator = self.generator(clean, number)
         if self.settings.norm == "linf":
-            delta = delta.clamp(-self.settings.eps, self.settings.eps)
+            offset = (torch.rand(clean.shape, generator=generator) * 2 - 1) * radius
         else:
-            delta = delta * (self.settings.eps / norms(delta).clamp(min=1e-12)).clamp(max=1.0)
-        return (clean + delta).clamp(0, 1)
-
-    def to_8_bit(self, new: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
-        """Multiples of 1/255 inside the budget; `clean` is made of such multiples itself.
-
-        L-inf: the nearest. L2: rounding can leave the ball, so a change is rounded up only above a threshold, per image
-        the lowest one from 1/2 on with which the whole stays inside.
-        """
-        base = (clean * 255).round()
-        change = new * 255 - base
-        if self.settings.norm == "linf":
-            most = int(self.settings.eps * 255 + 1e-6)
-            delta = change.round().clamp(-most, most)
-        else:
-            low, high = (torch.full_like(norms(change), value) for value in (0.5, 1.0))
-            high = torch.where(norms(_rounded(change, low)) <= self.settings.eps * 255, low, high)
-            for _ in range(20):
-                middle = (low + high) / 2
-                inside = norms(_rounded(change, middle)) <= self.settings.eps * 255
-                low, high = torch.where(inside, low, middle), torch.where(inside, middle, high)
-            delta = _rounded(change, high)
-        return (base + delta).clamp(0, 255) / 255
+            direction = torch.randn(clean.shape, generator=generator)
+            offset = direction / direction.norm() * radius * torch.rand(1, generator=generator)
+        return offset.to(clean)
 
 
 class IteratedAttack(Attack):
     """An attack that steps along gradients, `settings.steps` times, and ends where it is."""
 
     @abstractmethod
-    def step(self, number: int, current: Pictures, gradients: Pictures) -> Pictures:
+    def step(self, number: int, current: Slots, gradients: Slots) -> Slots:
         """The next iterate, not yet projected; `number` counts from 0. Gradients point towards a larger objective."""
 
-    def search(self, objective: Objective, clean: Pictures, start: Pictures, progress: Progress) -> Pictures:
+    def search(self, objective: Objective, clean: Slots, start: Slots, progress: Progress) -> Slots:
         """Steps and projections in turn."""
         current = start
         for number in range(self.settings.steps):
@@ -164,40 +137,36 @@ class IteratedAttack(Attack):
         return current
 
 
-def value_and_gradients(
-    objective: Objective, pictures: Pictures, *, first: bool = False
-) -> tuple[torch.Tensor, Pictures]:
-    """The objective (batch,) and its gradient in every picture.
+def value_and_gradients(objective: Objective, slots: Slots, *, first: bool = False) -> tuple[torch.Tensor, Slots]:
+    """The objective (batch,) and its gradient in every slot.
 
     Raises AttackError where there is none, or one that is not finite; at the `first` step also where it is zero everywhere,
     as it is when a kernel drops it.
     """
+    medium = medium_of(slots)
+    nothing = f"no gradient reaches the {medium.values}"
     with torch.inference_mode(False), torch.enable_grad():
-        leaves = tuple(slot.detach().clone().requires_grad_() for slot in pictures)
+        leaves = tuple(slot.detach().clone().requires_grad_() for slot in slots)
         value = objective(leaves)
         try:
             gradients = torch.autograd.grad(value.sum(), leaves)
         except RuntimeError as error:
             if "grad" not in str(error):
                 raise
-            raise AttackError(f"{_NO_GRADIENT} ({error}); {_MEND}") from error
+            raise AttackError(f"{nothing} ({error}); {_mend(medium)}") from error
     if not all(bool(gradient.isfinite().all()) for gradient in gradients):
         raise AttackError(
-            "the gradient at the pixels is not finite; expected a model whose loss can be differentiated in its own "
-            "precision: load it in bfloat16 or float32 (float16 overflows), or use attack=square, which needs no gradient"
+            f"the gradient at the {medium.values} is not finite; expected a model whose loss can be differentiated in its own "
+            f"precision: load it in bfloat16 or float32 (float16 overflows){_without_gradients(medium)}"
         )
     if first and not any(bool(gradient.any()) for gradient in gradients):
-        raise AttackError(f"{_NO_GRADIENT}: it is zero everywhere; {_MEND}")
+        raise AttackError(f"{nothing}: it is zero everywhere; {_mend(medium)}")
     return value.detach(), gradients
 
 
-_NO_GRADIENT = "no gradient reaches the pixels"
-_MEND = (
-    "kernels of quantised weights often pass none. Expected a model in bfloat16 or float32, or attack=square, which needs "
-    "no gradient"
-)
+def _mend(medium: Medium) -> str:
+    return f"kernels of quantised weights often pass none. Expected a model in bfloat16 or float32{_without_gradients(medium)}"
 
 
-def _rounded(change: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    """Whole numbers: the fraction of a magnitude is rounded up from `threshold` on; 1 = towards zero."""
-    return change.sign() * (change.abs() + (1 - threshold)).floor()
+def _without_gradients(medium: Medium) -> str:
+    return ", or use attack=square, which needs no gradient" if medium is PICTURES else ""

@@ -1,6 +1,6 @@
-"""A content-addressed cache of adversarial images: 8-bit PNG files and one JSON record a request.
+"""A content-addressed cache of adversarial images and sounds: 8-bit PNG or 16-bit WAV files, and one JSON record a request.
 
-The record is written last and names the digest of every image, each file replacing its predecessor atomically: a run
+The record is written last and names the digest of every file, each file replacing its predecessor atomically: a run
 killed at any moment leaves whole entries and nothing else. A damaged entry is reported and made again.
 """
 
@@ -21,6 +21,7 @@ from PIL import Image
 
 from lmms_smoothguard.errors import AttackError
 from lmms_smoothguard.files import replace_file
+from lmms_smoothguard.sounds import Sound, read_clip
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +36,12 @@ def default_cache_dir() -> Path:
 
 class Entry(NamedTuple):
     """`images`: uint8 arrays (height, width, 3), one an image slot; `record`: everything known of how they were made;
-    `key`: what they are stored under."""
+    `key`: what they are stored under; `sounds`: 16-bit ones, one a sound slot (then there are no images)."""
 
     images: tuple[np.ndarray, ...]
     record: dict[str, Any]
     key: str
+    sounds: tuple[Sound, ...] = ()
 
 
 def content_key(**parts: Any) -> str:
@@ -74,38 +76,57 @@ class AttackCache:
     def _record(self, key: str) -> Path:
         return self.root / key[:2] / f"{key}.json"
 
-    def _image(self, key: str, slot: int) -> Path:
-        return self.root / key[:2] / f"{key}-{slot}.png"
+    def _file(self, key: str, slot: int, kind: str) -> Path:
+        return self.root / key[:2] / f"{key}-{slot}.{kind}"
+
+    def _whole(self, key: str, slot: int, kind: str, digest: str) -> bytes:
+        """A file's bytes. Raises ValueError where they are not those that were written."""
+        path = self._file(key, slot, kind)
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise ValueError(f"{path.name} is not the {'image' if kind == 'png' else 'sound'} that was written")
+        return data
 
     def get(self, key: str) -> Entry | None:
         """The entry, or None when there is none or it is damaged."""
         path = self._record(key)
         try:
             record = json.loads(path.read_bytes())
-            images = []
-            for slot, digest in enumerate(record["images"]):
-                data = self._image(key, slot).read_bytes()
-                if hashlib.sha256(data).hexdigest() != digest:
-                    raise ValueError(f"{self._image(key, slot).name} is not the image that was written")
-                images.append(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+            images = [
+                np.asarray(Image.open(io.BytesIO(self._whole(key, slot, "png", digest))).convert("RGB"))
+                for slot, digest in enumerate(record["images"])
+            ]
+            sounds = [
+                read_clip(self._whole(key, slot, "wav", digest)).mono()
+                for slot, digest in enumerate(record.get("sounds", ()))
+            ]
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, OSError) as error:
             log.warning("the cached attack %s is damaged (%s) and is made again", path, error)
             return None
-        return Entry(tuple(images), record, key)
+        return Entry(tuple(images), record, key, tuple(sounds))
 
-    def put(self, key: str, images: Sequence[np.ndarray], record: dict[str, Any]) -> Entry:
-        """Stores an entry: images first, the record that vouches for them last."""
-        digests = []
-        for slot, image in enumerate(images):
+    def put(
+        self, key: str, images: Sequence[np.ndarray], record: dict[str, Any], sounds: Sequence[Sound] = ()
+    ) -> Entry:
+        """Stores an entry: images or 16-bit sounds first, the record that vouches for them last."""
+        pictures = []
+        for image in images:
             buffer = io.BytesIO()
             Image.fromarray(image).save(buffer, "PNG")
-            digests.append(hashlib.sha256(buffer.getvalue()).hexdigest())
-            _replace(self._image(key, slot), buffer.getvalue())
-        full = {**record, "images": digests}
+            pictures.append(buffer.getvalue())
+        full = {**record, "images": self._put_files(key, "png", pictures)}
+        if sounds:
+            full["sounds"] = self._put_files(key, "wav", [sound.wav for sound in sounds])
         _replace(self._record(key), json.dumps(full, indent=1).encode())
-        return Entry(tuple(images), full, key)
+        return Entry(tuple(images), full, key, tuple(sounds))
+
+    def _put_files(self, key: str, kind: str, files: Sequence[bytes]) -> list[str]:
+        """Their digests."""
+        for slot, data in enumerate(files):
+            _replace(self._file(key, slot, kind), data)
+        return [hashlib.sha256(data).hexdigest() for data in files]
 
     def get_answer(self, key: str) -> str | None:
         """An answer stored with `put_answer`."""

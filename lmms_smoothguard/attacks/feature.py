@@ -18,12 +18,12 @@ from torch.nn.functional import cosine_similarity
 from lmms_smoothguard.attacks.crops import random_crops
 from lmms_smoothguard.attacks.features import image_features, text_feature
 from lmms_smoothguard.attacks.files import load_picture
-from lmms_smoothguard.attacks.objective import PIXELS, Threat
+from lmms_smoothguard.attacks.objective import Threat
 from lmms_smoothguard.attacks.pgd import PGD, PGDOptions
 from lmms_smoothguard.attacks.pictures import Objective, Pictures, repeated
 from lmms_smoothguard.attacks.settings import AttackSettings
 from lmms_smoothguard.errors import ConfigError
-from lmms_smoothguard.inputs.tiling import tile
+from lmms_smoothguard.inputs.tiling import tile_media
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,7 @@ class Feature(PGD):
     """PGD on cosines of projected image tokens."""
 
     options = FeatureOptions
+    sounds = False
     defaults = MappingProxyType({"eps": 8 / 255})
 
     @classmethod
@@ -159,7 +160,7 @@ class FeatureLoss:
         rows = len(pictures[0])
         rendered, draws = self._threat.rendered(pictures, noisy=noisy)
         text = {name: torch.cat([value] * (rows // len(self._generators))) for name, value in self._text.items()}
-        inputs = tile({**text, **rendered}, draws, PIXELS)
+        inputs = tile_media({**text, **rendered}, draws)
         return image_features(self._threat.model, inputs, rows * len(draws))
 
 

@@ -1,4 +1,4 @@
-"""What an attacker wants: the loss of an answer, as a function of the pixels."""
+"""What an attacker wants: the loss of an answer, as a function of the pixels or samples."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 
-from lmms_smoothguard.attacks.pictures import Pictures
-from lmms_smoothguard.attacks.rendering import Renderer
+from lmms_smoothguard.attacks.media import Slots
+from lmms_smoothguard.attacks.rendering import PIXELS, Rendering
 from lmms_smoothguard.attacks.settings import AttackSettings
 from lmms_smoothguard.errors import AttackError
 from lmms_smoothguard.inputs.fitting import is_encoder_decoder
-from lmms_smoothguard.inputs.tiling import tile
+from lmms_smoothguard.inputs.tiling import tile, tile_media
 
-PIXELS = "pixel_values"
 Perturb = Callable[[Mapping[str, torch.Tensor], int], torch.Tensor]
 """Rendered inputs of that many requests -> the pixel tensor after one draw of the defence's randomness (EOT)."""
+Jitter = Callable[[Slots], Slots]
+"""Sounds -> the same after one draw of the defence's randomness, which is on the waveform, before they are rendered (EOT)."""
 
 
 class InnerDraws:
@@ -69,34 +70,40 @@ def attackers_generator(seed: int, key: str, slot: int, draw: int) -> torch.Gene
 class Threat:
     """What an attacker of one batch has before them: the model, and what it is asked.
 
-    processor: the model's whole processor, or its image processor; renderer: from pictures to the model's inputs; clean:
-    the clean pictures; prompts: captured inputs of each row, batch size 1, without pixels; answers: token ids of each
-    row's answer; perturb: one draw of a defence's randomness, `draws` of which are averaged (EOT), None for bare pixels;
-    expect: what is told how many rows, and draws of each, the model's next call has.
+    processor: the model's whole processor, or its image processor; renderer: from pictures or sounds to the model's inputs;
+    clean: the clean ones; prompts: captured inputs of each row, batch size 1, without what is rendered; answers: token ids of
+    each row's answer; perturb: one draw of a defence's randomness on pixels, `draws` of which are averaged (EOT), None for bare
+    ones; jitter: the same on sounds; expect: what is told how many rows, and draws of each, the model's next call has.
     """
 
     model: Any
     processor: Any
-    renderer: Renderer
-    clean: Pictures
+    renderer: Rendering
+    clean: Slots
     prompts: Sequence[Mapping[str, Any]]
     answers: Sequence[Sequence[int]]
     perturb: Perturb | None = None
     draws: int = 1
     expect: Callable[[int, int], None] | None = None
+    jitter: Jitter | None = None
 
-    def rendered(self, pictures: Pictures, *, noisy: bool = True) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-        """The inputs that pictures of any number of rows become, and their pixels in every draw, differentiably.
+    def rendered(
+        self, slots: Slots, *, noisy: bool = True
+    ) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
+        """The inputs that slots of any number of rows become, differentiably, and those of them that a draw changes, draw by draw.
 
-        noisy: False for the pixels as they are, whatever a defence does to them.
+        noisy: False for one draw of them as they are, whatever a defence does to them.
         """
-        inputs, perturb = self.renderer(pictures), self.perturb if noisy else None
+        if self.jitter is not None and noisy:
+            made = [self.renderer(self.jitter(slots)) for _ in range(self.draws)]
+            return made[0], made
+        inputs, perturb = self.renderer(slots), self.perturb if noisy else None
         draws = self.draws if perturb is not None else 1
         if self.expect is not None:
-            self.expect(len(pictures[0]), draws)
+            self.expect(len(slots[0]), draws)
         if perturb is None:
-            return inputs, [inputs[PIXELS]]
-        return inputs, [perturb(inputs, len(pictures[0])) for _ in range(draws)]
+            return inputs, [inputs]
+        return inputs, [{PIXELS: perturb(inputs, len(slots[0]))} for _ in range(draws)]
 
 
 def answer_ids(tokenizer: Any, prompt_ids: Sequence[int], text: str) -> list[int]:
@@ -171,11 +178,11 @@ class AnswerLoss:
         """The loss that these settings ask for."""
         return cls(threat, settings.loss if settings.target is None else "target")
 
-    def __call__(self, pictures: Pictures) -> torch.Tensor:
+    def __call__(self, slots: Slots) -> torch.Tensor:
         """(R * batch,): larger is better for the attacker."""
-        rendered, copies = self._threat.rendered(pictures)
-        repeats = len(pictures[0]) // len(self._labels) if pictures else 1
-        inputs = tile({**_repeated(self._text, repeats), **rendered}, copies, PIXELS)
+        rendered, copies = self._threat.rendered(slots)
+        repeats = len(slots[0]) // len(self._labels) if slots else 1
+        inputs = tile_media({**_repeated(self._text, repeats), **rendered}, copies)
         keep = self._labels.shape[1] + 1
         extra = {"logits_to_keep": keep} if self._cuts_logits else {}
         logits = self._threat.model(**inputs, use_cache=False, **extra).logits[:, -keep:-1].float()

@@ -49,6 +49,7 @@ class Patch(PGD):
     """
 
     options = PatchOptions
+    sounds = False
     defaults = MappingProxyType({"eps": 1.0})
 
     @classmethod
@@ -71,9 +72,9 @@ class Patch(PGD):
             raise
         return _within(masks, found, clean)
 
-    def to_8_bit(self, new: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+    def to_whole_steps(self, new: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
         """As every attack, and outside the patches not even rounded."""
-        return torch.where(self._masks(clean), super().to_8_bit(new, clean), clean)
+        return torch.where(self._masks(clean), super().to_whole_steps(new, clean), clean)
 
     def _masks(self, clean: torch.Tensor) -> torch.Tensor:
         """(batch, 1, height, width), True inside the patch."""

@@ -7,7 +7,8 @@ import dataclasses
 import torch
 
 from lmms_smoothguard.attacks.base import IteratedAttack
-from lmms_smoothguard.attacks.pictures import Objective, Pictures, Progress, norms
+from lmms_smoothguard.attacks.media import Slots
+from lmms_smoothguard.attacks.pictures import Objective, Progress, norms
 from lmms_smoothguard.errors import ConfigError
 
 
@@ -26,25 +27,29 @@ class PGD(IteratedAttack):
     """Steps of constant length along the gradient's sign (L-inf) or direction (L2), halved for the last quarter."""
 
     options = PGDOptions
+    sounds = True
 
-    def search(self, objective: Objective, clean: Pictures, start: Pictures, progress: Progress) -> Pictures:
+    def search(self, objective: Objective, clean: Slots, start: Slots, progress: Progress) -> Slots:
         """As every iterated attack, with a velocity of its own."""
-        self._velocity: Pictures | None = None
+        self._velocity: Slots | None = None
+        self._lengths = tuple(map(self.first_step, clean))
         return super().search(objective, clean, start, progress)
 
-    def step(self, number: int, current: Pictures, gradients: Pictures) -> Pictures:
+    def step(self, number: int, current: Slots, gradients: Slots) -> Slots:
         """The next iterate."""
-        length = self.settings.step * (0.5 if number >= 0.75 * self.settings.steps else 1.0)
+        share = 0.5 if number >= 0.75 * self.settings.steps else 1.0
         directions = self._with_momentum(gradients) if self.settings.options.momentum else gradients
+        moves = zip(current, directions, self._lengths, strict=True)
         if self.settings.norm == "linf":
-            return tuple(slot + length * towards.sign() for slot, towards in zip(current, directions, strict=True))
+            return tuple(slot + length * share * towards.sign() for slot, towards, length in moves)
         return tuple(
-            slot + length * towards / norms(towards).clamp(min=1e-12)
-            for slot, towards in zip(current, directions, strict=True)
+            slot + length * share * towards / norms(towards).clamp(min=1e-12) for slot, towards, length in moves
         )
 
-    def _with_momentum(self, gradients: Pictures) -> Pictures:
-        unit = tuple(slot / slot.abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12) for slot in gradients)
+    def _with_momentum(self, gradients: Slots) -> Slots:
+        unit = tuple(
+            slot / slot.abs().mean(dim=tuple(range(1, slot.ndim)), keepdim=True).clamp(min=1e-12) for slot in gradients
+        )
         old = self._velocity or tuple(map(torch.zeros_like, unit))
         self._velocity = tuple(
             self.settings.options.momentum * before + now for before, now in zip(old, unit, strict=True)

@@ -1,4 +1,5 @@
-"""From [0, 1] pixels to the model's input tensors, differentiably, through the model's own image processor.
+"""From [0, 1] pixels to the model's input tensors, differentiably, through the model's own image processor; sounds have a
+renderer of their own (`sound_rendering`).
 
 torchvision-backed processors keep the autograd graph of float tensors. Whether the path ends where the ordinary 8-bit path
 ends is checked on the clean images, every time.
@@ -8,18 +9,32 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from lmms_smoothguard.attacks.media import Slots
 from lmms_smoothguard.attacks.pictures import Pictures
 from lmms_smoothguard.errors import AttackError
 
+PIXELS = "pixel_values"
 log = logging.getLogger(__name__)
 EXACT_ENOUGH = 0.03
 """Mean absolute difference from the 8-bit path, in normalised units (two grey levels of CLIP's), that a resize explains:
 it rounds and clips there, and not here. Beyond it something else happens to the image, such as JPEG."""
 _TOO_FAR = 0.15
+
+
+class Rendering(Protocol):
+    """What attacks ask of a renderer. key: the model's input that is attacked."""
+
+    key: str
+
+    def __call__(self, slots: Slots, /) -> dict[str, torch.Tensor]:
+        """The model's inputs for slots of any number of rows, `key` among them, differentiably."""
+
+    def check(self, clean: Slots, captured: Mapping[str, Any], key: str, /) -> list[float]:
+        """How far each request is from what the ordinary path gave. Raises AttackError for another path."""
 
 
 class Renderer:
@@ -33,6 +48,7 @@ class Renderer:
         self._processor = getattr(processor, "image_processor", processor)
         self._settings = _settings_for_images(processor)
         self._device, self._dtype = device, dtype
+        self.key = PIXELS
         self._nested = False
         self._wanted: frozenset[str] | None = None
 

@@ -8,11 +8,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmms_smoothguard import plugins
+from lmms_smoothguard.attacks.media import PICTURES, SOUNDS, Medium
 from lmms_smoothguard.config import parse_scalar
 from lmms_smoothguard.errors import ConfigError, did_you_mean
 
 NORMS = ("linf", "l2")
 LOSSES = ("margin", "ce", "dlr")
+_LEAST_SNR, _MOST_SNR = (
+    -40.0,
+    120.0,
+)  # a change of a hundred times the amplitude, and one that rounding to 16 bits undoes
 _TEXTS = ("name", "norm", "loss", "target")
 
 
@@ -20,13 +25,16 @@ _TEXTS = ("name", "norm", "loss", "target")
 class AttackSettings:
     """An attack and its budget.
 
-    name: a registered attack; eps: radius in [0, 1] pixel units (L2: of the whole image); steps: gradient steps, never
-    stopped early (square: queries); step_size: None = the attack's own rule (pgd, patch and feature: `step`; apgd: 2 eps;
-    universal: `Universal.rate`; square has no step); target: a text to be forced, None = untargeted
-    (away from the right answer); eot: draws of the defence's noise a step, 0 = attack the undefended model;
-    loss: what an untargeted attack raises, "margin" (the best other token over the right one) or "ce" (cross-entropy,
-    whose gradient fades where the model is sure) or "dlr" (the margin over the distance of the first from the third token, so
-    that the scale of the logits says nothing); a targeted one always lowers the cross-entropy of its target;
+    name: a registered attack; eps: radius, in [0, 1] pixel units of pictures (L2: of the whole image) and in amplitude of sounds,
+    full scale 1 (L2: of the whole clip). The default is made for pictures; for sounds it has to be given, and 0.0005 (L-inf) is what
+    breaks most answers of a model that is not defended; snr: instead of eps, for sounds and norm "l2": by how many decibels each
+    clip's power exceeds that of its change, so a ball of radius ||clip|| 10^(-snr / 20) of its own (45 is about as loud as 0.0005);
+    steps: gradient steps, never stopped early (square: queries); step_size: None = the attack's own rule (pgd, patch and feature:
+    max(radius / 8, half a step of the medium); apgd: twice the radius; universal: `Universal.rate`; square has no step);
+    target: a text to be forced, None = untargeted (away from the right answer); eot: draws of the defence's noise a step, 0 =
+    attack the undefended model; loss: what an untargeted attack raises, "margin" (the best other token over the right one) or "ce"
+    (cross-entropy, whose gradient fades where the model is sure) or "dlr" (the margin over the distance of the first from the third
+    token, so that the scale of the logits says nothing); a targeted one always lowers the cross-entropy of its target;
     random_start: begin anywhere in the ball; restarts: independent beginnings, all in one batch, of which the best is kept;
     seed: of the attacker's own randomness; options: the attack's own settings, an instance of its class's `options`.
     """
@@ -34,6 +42,7 @@ class AttackSettings:
     name: str = "pgd"
     norm: str = "linf"
     eps: float = 4 / 255
+    snr: float | None = None
     steps: int = 40
     step_size: float | None = None
     loss: str = "margin"
@@ -51,15 +60,16 @@ class AttackSettings:
         if self.loss not in LOSSES:
             raise ConfigError(f"attack loss is {self.loss!r}; {did_you_mean(str(self.loss), LOSSES)}")
         if not _number(self.eps) or not math.isfinite(self.eps) or self.eps < 0:
-            raise ConfigError(f"attack eps is {self.eps!r}; expected 0 or more in [0, 1] pixel units, such as 4/255")
+            raise ConfigError(
+                f"attack eps is {self.eps!r}; expected 0 or more in [0, 1] pixel units, such as 4/255, or in amplitude, such as 0.0005"
+            )
         if self.norm == "linf" and self.eps > 1:
             raise ConfigError(
                 f"attack eps is {self.eps!r}, more than the whole range of a pixel; grey levels are written as {self.eps:g}/255"
             )
-        if 0 < self.eps < 1 / 255 - 1e-9:
-            raise ConfigError(
-                f"attack eps is {self.eps!r}, less than one grey level: no 8-bit image lies that near; expected 1/255 or more"
-            )
+        _check_rounding(self.eps, SOUNDS if _takes_sounds(self.name) else PICTURES)
+        if self.snr is not None:
+            self._check_snr()
         if self.step_size is not None and (not _number(self.step_size) or not self.step_size > 0):
             raise ConfigError(f"attack step_size is {self.step_size!r}; expected a positive number such as 1/255")
         for field, least in (("steps", 1), ("eot", 0), ("restarts", 1), ("seed", 0)):
@@ -87,6 +97,13 @@ class AttackSettings:
         """
         name, merged = "pgd", _defaults("pgd")
         for layer in map(_mapping, layers):
+            asked = [field for field in ("eps", "snr") if parse_scalar(layer.get(field)) is not None]
+            if len(asked) > 1:
+                raise ConfigError(
+                    f"attack eps is {layer['eps']!r} and snr {layer['snr']!r}; expected one of them, for both say how far"
+                )
+            if asked:
+                merged = {k: v for k, v in merged.items() if k not in ("eps", "snr")}
             if (named := layer.get("name", name)) != name:
                 merged = {k: v for k, v in merged.items() if k in common_fields()} | _defaults(named)
                 name = named
@@ -104,13 +121,56 @@ class AttackSettings:
 
     @property
     def step(self) -> float:
-        """PGD's step: `step_size`, or max(eps / 8, half a grey level). Attacks with another rule do not read it."""
-        return self.step_size or max(self.eps / 8, 0.5 / 255)
+        """PGD's step on pictures: `step_size`, or max(eps / 8, half a grey level). Attacks with another rule do not read it."""
+        return self.step_size or max(self.eps / 8, PICTURES.shortest)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, the options' among them, ready for JSON; `parse` reads it back."""
+        """All fields, the options' among them, ready for JSON; `parse` reads it back. Of `eps` and `snr` only that which holds."""
         flat = dataclasses.asdict(self)
+        flat.pop("snr" if self.snr is None else "eps")
         return flat | flat.pop("options")
+
+    def check_medium(self, medium: Medium) -> None:
+        """Raises ConfigError for an attack or a budget that says nothing about this medium."""
+        if medium is PICTURES:
+            if self.snr is not None:
+                raise ConfigError(
+                    f"attack snr is {self.snr!r}, a budget of sounds, and the request has pictures; expected attack_eps"
+                )
+        elif not _takes_sounds(self.name):
+            raise ConfigError(
+                f"attack {self.name!r} changes pictures, and the request has sounds; expected one of {', '.join(sound_attacks())}"
+            )
+        elif self.snr is None and self.eps == _default_eps(self.name) and self.eps * PICTURES.steps >= 1:
+            raise ConfigError(
+                f"attack eps is {self.eps:.4g}, the default, which is made for pictures; expected one for sounds, such as "
+                "attack_eps=0.0005 (amplitude, full scale 1), or attack_snr=45 (dB) with attack_norm=l2"
+            )
+        _check_rounding(self.eps, medium)
+
+    def _check_snr(self) -> None:
+        if not _number(self.snr) or not _LEAST_SNR <= float(self.snr or 0) <= _MOST_SNR:
+            raise ConfigError(
+                f"attack snr is {self.snr!r}; expected {_LEAST_SNR:g} to {_MOST_SNR:g} decibels, such as 45"
+            )
+        if self.norm != "l2":
+            raise ConfigError(
+                f"attack snr is {self.snr!r}, of L2 norms, and norm {self.norm!r}; expected attack_norm=l2"
+            )
+        if self.eps not in (AttackSettings.eps, _default_eps(self.name)):
+            raise ConfigError(
+                f"attack eps is {self.eps!r} and snr {self.snr!r}; expected one of them, for both say how far"
+            )
+        if not _takes_sounds(self.name):
+            raise ConfigError(
+                f"attack snr is {self.snr!r}, a budget of sounds, and attack {self.name!r} changes pictures; expected attack_eps, or "
+                f"one of {', '.join(sound_attacks())}"
+            )
+
+
+def sound_attacks() -> list[str]:
+    """The attacks that take sounds."""
+    return sorted(filter(_takes_sounds, plugins.offers("attacks")))
 
 
 def common_fields() -> set[str]:
@@ -139,6 +199,21 @@ def options_of(name: Any) -> type[Any]:
 def all_fields() -> set[str]:
     """The settings of every attack there is."""
     return common_fields().union(*(_names(options_of(name)) for name in plugins.offers("attacks")))
+
+
+def _takes_sounds(name: str) -> bool:
+    return bool(getattr(plugins.load("attacks", name), "sounds", False))
+
+
+def _default_eps(name: str) -> Any:
+    return parse_scalar(_defaults(name).get("eps", AttackSettings.eps))
+
+
+def _check_rounding(eps: float, medium: Medium) -> None:
+    if 0 < eps < 1 / medium.steps - 1e-9:
+        raise ConfigError(
+            f"attack eps is {eps!r}, less than one {medium.unit}: no {medium.file} lies that near; expected 1/{medium.steps} or more"
+        )
 
 
 def _names(options: type[Any]) -> set[str]:

@@ -1,4 +1,5 @@
-"""One picture for a whole corpus (Qi et al. 2023, "Visual Adversarial Examples Jailbreak Aligned Large Language Models")."""
+"""One picture for a whole corpus (Qi et al. 2023, "Visual Adversarial Examples Jailbreak Aligned Large Language Models"), or one
+change for all sounds (after Moosavi-Dezfooli et al. 2017, "Universal adversarial perturbations")."""
 
 from __future__ import annotations
 
@@ -14,10 +15,12 @@ import torch
 from lmms_smoothguard.attacks.base import Attack, value_and_gradients
 from lmms_smoothguard.attacks.corpus import load_corpus
 from lmms_smoothguard.attacks.files import load_picture
+from lmms_smoothguard.attacks.media import SOUNDS, Medium, Slots, medium_of
 from lmms_smoothguard.attacks.objective import Threat
-from lmms_smoothguard.attacks.pictures import Objective, Pictures, Progress
+from lmms_smoothguard.attacks.pictures import Objective, Progress
 from lmms_smoothguard.attacks.settings import AttackSettings
 from lmms_smoothguard.errors import AttackError, ConfigError, did_you_mean
+from lmms_smoothguard.sounds import Sound
 
 OPTIMIZERS = ("adam", "sign")
 _GREY = 128
@@ -27,7 +30,8 @@ _GREY = 128
 class UniversalOptions:
     """corpus: where the pairs of instruction and response stand (`corpus.load_corpus`); base: path of the picture to start
     from, None = mid-grey; size: side of the grey square, None = what the model's image processor asks for; batch: pairs a
-    step; optimizer: "sign" (signed gradients, as Qi et al.) or "adam", both with a step that falls to a tenth."""
+    step; optimizer: "sign" (signed gradients, as Qi et al.) or "adam", both with a step that falls to a tenth. Sounds have
+    neither base nor size: what is made is a change, as long as what the model hears at once, to be added to any clip."""
 
     corpus: str | None = None
     base: str | None = None
@@ -52,9 +56,10 @@ class UniversalOptions:
 
 
 class Universal(Attack):
-    """Stochastic steps on one picture: every step asks the objective for minibatches anew."""
+    """Stochastic steps on one picture, or one change of sounds: every step asks the objective for minibatches anew."""
 
     options = UniversalOptions
+    sounds = True
     defaults = MappingProxyType({"eps": 32 / 255, "steps": 500})
 
     @classmethod
@@ -84,27 +89,27 @@ class Universal(Attack):
         return found | ({} if own.base is None else {"base": load_picture(own.base, "base")})
 
     def objective(self, threat: Threat) -> Objective:
-        """Refused: a request has no picture of its own here."""
+        """Refused: a request has no picture or sound of its own here."""
         raise AttackError(
-            "attack=universal makes one picture for a corpus, not one for a request; expected a universal crafter "
+            "attack=universal makes one picture for a corpus, not one for a request (of sounds one change); expected a universal crafter "
             "(lmms-eval's attack=universal), or attack=pgd with a target"
         )
 
-    def start(self, clean: Pictures, number: int) -> Pictures:
+    def start(self, clean: Slots, number: int) -> Slots:
         """Near the base: a wide ball's middle is a better beginning than its corners."""
         if not self.settings.random_start:
             return clean
         offsets = super().start(clean, number)
         return tuple(slot + _START * (new - slot) for new, slot in zip(offsets, clean, strict=True))
 
-    def search(self, objective: Objective, clean: Pictures, start: Pictures, progress: Progress) -> Pictures:
+    def search(self, objective: Objective, clean: Slots, start: Slots, progress: Progress) -> Slots:
         """Projected Adam or signed gradients; `objective` may be the sum of parts, each with a graph of its own."""
-        leaves = [slot.clone() for slot in start]
-        adam = torch.optim.Adam(leaves, lr=self.rate)
+        leaves, first = [slot.clone() for slot in start], self.rate(medium_of(clean))
+        adam = torch.optim.Adam(leaves, lr=first)
         for number in range(self.settings.steps):
             parts = objective.parts() if isinstance(objective, InParts) else [objective]
             values, gradients = _summed(parts, tuple(leaves), first=number == 0)
-            rate = self.rate * (1 - 0.9 * number / self.settings.steps)
+            rate = first * (1 - 0.9 * number / self.settings.steps)
             if self.settings.options.optimizer == "adam":
                 adam.param_groups[0]["lr"] = rate
                 for leaf, towards in zip(leaves, gradients, strict=True):
@@ -118,10 +123,9 @@ class Universal(Attack):
             progress(number + 1, values)
         return tuple(leaves)
 
-    @property
-    def rate(self) -> float:
-        """The first step's length in [0, 1] pixel units."""
-        return self.settings.step_size or min(0.03, max(self.settings.eps / 12, 0.5 / 255))
+    def rate(self, medium: Medium) -> float:
+        """The first step's length, in the medium's own units."""
+        return self.settings.step_size or min(0.03, max(self.settings.eps / 12, medium.shortest))
 
 
 _START = 0.05
@@ -133,15 +137,15 @@ class InParts:
     def __init__(self, draw: Callable[[], Sequence[Objective]]) -> None:
         self.parts = draw
 
-    def __call__(self, pictures: Pictures) -> torch.Tensor:
+    def __call__(self, slots: Slots) -> torch.Tensor:
         """(batch,): the sum of one draw."""
-        return torch.stack([part(pictures) for part in self.parts()]).sum(0)
+        return torch.stack([part(slots) for part in self.parts()]).sum(0)
 
 
-def _summed(parts: Sequence[Objective], pictures: Pictures, *, first: bool) -> tuple[torch.Tensor, Pictures]:
-    found = [value_and_gradients(part, pictures, first=first) for part in parts]
+def _summed(parts: Sequence[Objective], slots: Slots, *, first: bool) -> tuple[torch.Tensor, Slots]:
+    found = [value_and_gradients(part, slots, first=first) for part in parts]
     values, gradients = zip(*found, strict=True)
-    return torch.stack(values).sum(0), tuple(torch.stack(slots).sum(0) for slots in zip(*gradients, strict=True))
+    return torch.stack(values).sum(0), tuple(torch.stack(parts_of).sum(0) for parts_of in zip(*gradients, strict=True))
 
 
 class Minibatches:
@@ -178,6 +182,28 @@ def base_picture(settings: AttackSettings, processor: Any) -> np.ndarray:
         return load_picture(own.base, "base")
     height, width = (own.size, own.size) if own.size is not None else _native_size(processor)
     return np.full((height, width, 3), _GREY, np.uint8)
+
+
+def with_change(sound: Sound, change: Sound) -> Sound:
+    """A clip with a universal change from its beginning on, as 16-bit PCM holds it: cut to the clip's length, silent after its own.
+
+    Raises AttackError for another rate.
+    """
+    if sound.rate != change.rate:
+        raise AttackError(f"a sound has a rate of {sound.rate} Hz, and the change {change.rate} Hz; expected one rate")
+    clean = torch.from_numpy(sound.pcm.astype(np.float32) / SOUNDS.steps)[None]
+    (changed,) = added((clean,), (torch.from_numpy(change.samples)[None],))
+    return Sound.from_pcm((changed[0] * SOUNDS.steps).round().to(torch.int16).numpy(), sound.rate)
+
+
+def added(clips: Slots, changes: Slots) -> Slots:
+    """Clips (batch, samples) with the change (1, samples) on each from its beginning on, differentiably."""
+    (change,) = changes
+    made = []
+    for slot in clips:
+        fitted = torch.nn.functional.pad(change[:, : slot.shape[1]], (0, max(0, slot.shape[1] - change.shape[1])))
+        made.append((slot + fitted).clamp(SOUNDS.low, SOUNDS.high))
+    return tuple(made)
 
 
 def _native_size(processor: Any) -> tuple[int, int]:

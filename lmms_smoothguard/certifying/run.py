@@ -43,6 +43,7 @@ def run_certify(asked: CertifyRun, command: str) -> tuple[CertificateRecord, lis
     questions = find_questions(
         asked.data, split=asked.split, limit=asked.limit, question=_text(asked), columns=asked.columns
     )
+    questions.refuse_sounds("smoothguard certify")
     numbers = _all(questions) if asked.what == ANSWERS else _pictures(questions)
     worker, identity = _prepared(asked, questions, numbers)
     settings = _settings(asked, questions, numbers, identity)

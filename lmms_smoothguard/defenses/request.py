@@ -10,7 +10,7 @@ import torch
 
 from lmms_smoothguard.errors import UndefendableError
 from lmms_smoothguard.inputs.fitting import misfits
-from lmms_smoothguard.inputs.media import Images, find_images
+from lmms_smoothguard.inputs.media import AUDIO_KEYS, Images, Media, find_images, find_media
 from lmms_smoothguard.noise import Randomness
 
 
@@ -74,6 +74,11 @@ class Request:
         """The request's images and where they lie; None for text alone. Raises UndefendableError for other media."""
         return find_images(self.arguments, self.model.config)
 
+    def media(self) -> Media | None:
+        """The request's images and sounds; None for text alone. Raises UndefendableError for other media, and for sounds without
+        the clips that they were made of."""
+        return find_media(self.arguments, self.model.config)
+
     def misfits(self) -> tuple[str, ...]:
         """What speaks against tokenizer and image processor being the model's own: warnings of every verdict."""
         return misfits(self.model, self.tokenizer, self.image_processor)
@@ -91,11 +96,11 @@ class Request:
 
     def user_rows(self) -> int:
         """B, the rows the caller sent."""
-        for key in ("input_ids", "attention_mask", self.model.main_input_name):
+        for key in ("input_ids", "attention_mask", self.model.main_input_name, *AUDIO_KEYS):
             value = self.arguments.get(key)
             if isinstance(value, torch.Tensor) and value.ndim:
                 return value.shape[0]
-        raise UndefendableError("the request has neither input_ids nor pixels; expected a prompt or an image")
+        raise UndefendableError("the request has neither input_ids nor media; expected a prompt, an image or a sound")
 
     def check_supported(self) -> None:
         """Refuses what would answer without the defence, or give it no single answer to choose."""

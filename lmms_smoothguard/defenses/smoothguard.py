@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,15 +10,15 @@ import torch
 from lmms_smoothguard.aggregation.embedders import EmbedderContext, load_embedder
 from lmms_smoothguard.aggregation.verdict import aggregate, normalize_answer
 from lmms_smoothguard.config import SmoothGuardConfig
-from lmms_smoothguard.defenses.copies import answer_batch, noise_source
+from lmms_smoothguard.defenses.copies import Copies, Inputs, answer_batch
 from lmms_smoothguard.defenses.replies import Replies
 from lmms_smoothguard.defenses.request import Defended, Defense, Request, SmoothGuardOutput
 from lmms_smoothguard.defenses.stopping import Decides, fewest_more, stop_rule, stopping_point
 from lmms_smoothguard.defenses.streams import FirstRows, RowStreams, row_streams
 from lmms_smoothguard.errors import UndefendableError
-from lmms_smoothguard.inputs.media import Images
-from lmms_smoothguard.inputs.tiling import tile
-from lmms_smoothguard.noise import NOISE, NoiseSource
+from lmms_smoothguard.inputs.media import Media
+from lmms_smoothguard.inputs.tiling import tile_media
+from lmms_smoothguard.noise import NOISE
 
 
 def defend(request: Request, config: SmoothGuardConfig) -> Defended | None:
@@ -26,22 +26,22 @@ def defend(request: Request, config: SmoothGuardConfig) -> Defended | None:
 
     Raises UndefendableError for what cannot be defended, and whatever the model's own generate raises.
     """
-    images = request.images()
-    if images is None:
+    media = request.media()
+    if media is None:
         if isinstance(request.arguments.get("streamer"), list | tuple):
             raise UndefendableError(
-                "a list of streamers is for requests with images; expected one streamer for text alone"
+                "a list of streamers is for requests with media; expected one streamer for text alone"
             )
         return None
     request.check_supported()
     rows = request.user_rows()
-    if not images.slices or rows == 0:
-        raise UndefendableError("the batch is empty; expected at least one row and one image")
+    if rows == 0 or not (media.images.slices if media.images is not None else True):
+        raise UndefendableError("the batch is empty; expected at least one row and one image or sound")
     pad = request.setting("pad_token_id")
     streams = row_streams(request.arguments.get("streamer"), rows, request.end_tokens(), pad)
     if config.level == "token":
-        return _by_token(request, config, images, rows, streams)
-    replies, verdicts = _by_answer(request, config, images, rows)
+        return _by_token(request, config, media, rows, streams)
+    replies, verdicts = _by_answer(request, config, media, rows)
     output = replies.output([verdict.chosen for verdict in verdicts], verdicts)
     if streams is not None:  # streaming before the vote would show what the vote may reject
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
@@ -56,15 +56,15 @@ DEFENSE = Defense(SmoothGuardConfig, defend, NOISE)
 
 
 def _by_answer(
-    request: Request, config: SmoothGuardConfig, images: Images, rows: int
+    request: Request, config: SmoothGuardConfig, media: Media, rows: int
 ) -> tuple[Replies, list[SmoothGuardOutput]]:
     """Runs copies, in as few batches as memory and early stopping allow, until every row is settled."""
-    noise = noise_source(request, config, images)
+    copies = _numbered(Copies(request, config, media), config)
     replies, decides = Replies(request, rows), stop_rule(config.early_stop)
     largest = config.max_copies_per_batch or config.num_samples
     while wanted := _next_copies(replies, config.num_samples, decides):
         numbers = range(replies.copies, replies.copies + min(wanted, largest))
-        if not answer_batch(request, replies, images, lambda number: _copy(noise, images, number, config), numbers):
+        if not answer_batch(request, replies, copies, numbers):
             largest = len(numbers) // 2
     verdicts = []
     for row in range(rows):
@@ -92,11 +92,9 @@ def _keys(replies: Replies, row: int) -> list[str]:
     return [normalize_answer(text) for text in replies.comparable(row)]
 
 
-def _copy(noise: NoiseSource, images: Images, number: int, config: SmoothGuardConfig) -> torch.Tensor:
-    """Copy `number`; noisy copies count from 1 whether or not there is a clean one."""
-    if config.include_clean:
-        return images.values if number == 0 else noise.copy(number)
-    return noise.copy(number + 1)
+def _numbered(copies: Copies, config: SmoothGuardConfig) -> Callable[[Sequence[int]], list[Inputs]]:
+    """Copies as answers count them, from 0; noisy copies have their own numbers, from 1, whether or not there is a clean one."""
+    return copies if config.include_clean else lambda numbers: copies([number + 1 for number in numbers])
 
 
 def _verdict(
@@ -128,21 +126,20 @@ def _verdict(
 
 
 def _by_token(
-    request: Request, config: SmoothGuardConfig, images: Images, rows: int, streams: RowStreams | None
+    request: Request, config: SmoothGuardConfig, media: Media, rows: int, streams: RowStreams | None
 ) -> Defended:
     """All copies in lock-step, one sequence a row; `streams` get its tokens as they arise."""
     from lmms_smoothguard.defenses.consensus import SmoothGuardLogitsProcessor
 
-    noise = noise_source(request, config, images)
     agreeing = SmoothGuardLogitsProcessor(config.num_samples, include_clean=config.include_clean)
     arguments = dict(request.arguments)
     arguments["logits_processor"] = [*(arguments.get("logits_processor") or []), agreeing]
     if streams is not None:
         arguments["streamer"] = FirstRows(streams, rows)
     drawing = _draw_together(request, config, arguments) if request.setting("do_sample", False) else None
-    copies = [_copy(noise, images, number, config) for number in range(config.num_samples)]
+    copies = _numbered(Copies(request, config, media), config)(range(config.num_samples))
     replies = Replies(request, rows)
-    output = request.generate(**tile(arguments, copies, images.key))
+    output = request.generate(**tile_media(arguments, copies))
     if drawing is not None and drawing.scores is not None and not isinstance(output, torch.Tensor):
         output.scores = tuple(drawing.scores)  # what was drawn from, where generate has what was drawn
     replies.add(output, config.num_samples)

@@ -16,24 +16,28 @@ from lmms_smoothguard.files import whole_pictures
 NAMES: Mapping[str, tuple[str, ...]] = {
     "id": ("question_id", "id", "qid", "sample_id", "uid"),
     "images": ("images", "image", "picture", "pictures", "image_path", "file_name"),
+    "sounds": ("audio", "audios", "sound", "sounds", "audio_path"),
     "question": ("question", "prompt", "text", "query", "instruction"),
     "label": ("answer", "label", "caption"),
     "target": ("target",),
-    "group": ("group", "image_source", "image_id"),
+    "group": ("group", "image_source", "image_id", "audio_source", "audio_id"),
     "accepted": ("accepted",),
 }
 """What columns are called, the likeliest first."""
+_OF_FOLDERS = ({"id", "image"}, {"id", "audio"})
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The column of each part of a question, None for none; `text` is asked of every picture where `question` is None.
+    """The column of each part of a question, None for none, but one of pictures or sounds there is; `text` is asked of every
+    picture and sound where `question` is None.
 
-    Columns are found by their usual names where they hold one value a row, `accepted` where it holds lists; a label's
-    column that the user names may hold lists too: then each text in one is a right answer.
+    Columns are found by their usual names where they hold one value a row, `accepted` where it holds lists, pictures and
+    sounds in either case; a label's column that the user names may hold lists too: then each text in one is a right answer.
     """
 
-    images: str
+    images: str | None = None
+    sounds: str | None = None
     id: str | None = None
     question: str | None = None
     label: str | None = None
@@ -41,6 +45,11 @@ class Columns:
     group: str | None = None
     accepted: str | None = None
     text: str | None = None
+
+    @property
+    def media(self) -> list[str]:
+        """The columns that hold pictures and sounds."""
+        return [name for name in (self.images, self.sounds) if name is not None]
 
     @classmethod
     def find(
@@ -63,20 +72,22 @@ class Columns:
             else next((n for n in usual if n in names and _fits(part, features[n])), None)
             for part, usual in NAMES.items()
         }
+        if found["images"] == "file_name" and found["sounds"] is not None and "images" not in given:
+            found["images"] = None  # the sounds' own names
         text = None
         if question is not None:
             found["question"] = question if question in names else None
             text = None if question in names else question
-            # A folder has no column but the picture; elsewhere one word is a column's name gone wrong, not a question.
-            if text is not None and len(text.split()) == 1 and set(names) != {"id", "image"}:
+            # A folder has no column but the medium; elsewhere one word is a column's name gone wrong, not a question.
+            if text is not None and len(text.split()) == 1 and set(names) not in _OF_FOLDERS:
                 raise ConfigError(
                     f"question is {question!r}, and {source} has no such column; {did_you_mean(question, names)}. Expected "
                     "one of them, or a text to ask"
                 )
-        if found["images"] is None:
+        if found["images"] is None and found["sounds"] is None:
             raise ConfigError(
-                f"{source} has no column of pictures; expected image or images, or columns={{'images': ...}}. It has "
-                f"{', '.join(names)}"
+                f"{source} has no column of pictures; expected image or images, or columns={{'images': ...}}; nor one of sounds: "
+                f"audio, or columns={{'sounds': ...}}. It has {', '.join(names)}"
             )
         if found["question"] is None and text is None:
             raise ConfigError(
@@ -88,7 +99,7 @@ class Columns:
 
 def _fits(part: str, feature: Any) -> bool:
     """Whether a column of such cells is meant without being named: a list of captions is not meant as right answers."""
-    return part == "images" or _scalar(feature) is not (part == "accepted")
+    return part in ("images", "sounds") or _scalar(feature) is not (part == "accepted")
 
 
 def _scalar(feature: Any) -> bool:
@@ -112,6 +123,22 @@ def answers_of(value: Any) -> tuple[str, ...]:
     items = value if isinstance(value, list | tuple) else [value]
     items = [item["answer"] if isinstance(item, Mapping) and "answer" in item else item for item in items]
     return tuple(str(item) for item in items if isinstance(item, str | int | float) and str(item).strip())
+
+
+def items_of(row: Mapping[str, Any], name: str | None, *, may_lack: bool) -> list[Any]:
+    """What a row's column of media holds, none without a column; `may_lack`: an empty cell is none either, not a missing one."""
+    if name is None:
+        return []
+    value = row[name]
+    if may_lack and _is_empty(value):
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, Mapping) and set(value) <= {"bytes", "path"}:
+        return not any(value.values())
+    return value is None or value == "" or value != value  # CSV's empty cells are NaN
 
 
 def picture_of(value: Any, base: Path | None) -> Image.Image:

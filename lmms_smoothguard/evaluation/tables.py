@@ -1,4 +1,4 @@
-"""Opens a folder of pictures, a file or a Hugging Face data set as one table, through the `datasets` library."""
+"""Opens a folder of pictures or sounds, a file or a Hugging Face data set as one table, through the `datasets` library."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from lmms_smoothguard.errors import ConfigError, did_you_mean
 
 FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SOUNDS = (".flac", ".mp3", ".ogg", ".wav")
 ATTACKS = "attacks.parquet"
 """The table that `smoothguard attack` leaves in its directory."""
 _SAVED = ("state.json", "dataset_dict.json")
 
 
 class Table(NamedTuple):
-    """rows: a `datasets.Dataset` whose pictures stay undecoded; base: what relative paths in it start from."""
+    """rows: a `datasets.Dataset` whose pictures and sounds stay undecoded; base: what relative paths in it start from."""
 
     rows: Any
     source: str
@@ -34,13 +35,15 @@ def open_table(source: str, split: str | None) -> Table:
     if path.is_dir():
         if any((path / name).is_file() for name in _SAVED):
             return _saved(path, split)
-        pictures = _pictures_in(path)
+        pictures, sounds = _files_in(path, PICTURES), _files_in(path, SOUNDS)
         described = any(next(path.rglob(f"metadata{ending}"), None) for ending in FORMATS)
-        if not pictures and not any(next(path.rglob(f"*{ending}"), None) for ending in FORMATS):
+        if not pictures and not sounds and not any(next(path.rglob(f"*{ending}"), None) for ending in FORMATS):
             raise ConfigError(
-                f"{path} has neither pictures ({', '.join(PICTURES)}) nor tables ({', '.join(FORMATS)}) in it; expected some"
+                f"{path} has neither pictures ({', '.join(PICTURES)}) nor sounds ({', '.join(SOUNDS)}) nor tables "
+                f"({', '.join(FORMATS)}) in it; expected some"
             )
-        return _folder(path, pictures, split) if pictures and not described else _loaded(source, path, split)
+        bare = (pictures or sounds) and not described
+        return _folder(path, pictures, sounds, split) if bare else _loaded(source, path, split)
     return _loaded(source, None, split)
 
 
@@ -68,19 +71,28 @@ def _library() -> Any:
     return datasets
 
 
-def _pictures_in(path: Path) -> list[str]:
+def _files_in(path: Path, endings: tuple[str, ...]) -> list[str]:
     inside = (file.relative_to(path) for file in path.rglob("*"))
     return sorted(
         name.as_posix()
         for name in inside
-        if name.suffix.lower() in PICTURES and not any(part.startswith(".") for part in name.parts)
+        if name.suffix.lower() in endings and not any(part.startswith(".") for part in name.parts)
     )
 
 
-def _folder(path: Path, names: list[str], split: str | None) -> Table:
+def _folder(path: Path, pictures: list[str], sounds: list[str], split: str | None) -> Table:
+    if pictures and sounds:
+        raise ConfigError(
+            f"{path} has pictures and sounds in it, such as {pictures[0]} and {sounds[0]}; expected a folder of one kind, or a table "
+            "that says which belong together"
+        )
     if split is not None:
-        raise ConfigError(f"split is {split!r}, and {path} is a folder of pictures; expected no split")
-    rows = _library().Dataset.from_dict({"id": names, "image": names})
+        raise ConfigError(
+            f"split is {split!r}, and {path} is a folder of {'pictures' if pictures else 'sounds'}; expected no split"
+        )
+    rows = _library().Dataset.from_dict(
+        {"id": pictures or sounds, "image" if pictures else "audio": pictures or sounds}
+    )
     return Table(rows, str(path), None, path)
 
 
@@ -130,11 +142,11 @@ def _loaded(source: str, path: Path | None, split: str | None) -> Table:
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         if path is not None:
             raise ConfigError(
-                f"{path} cannot be read: {_cause(error)}. Expected a folder of pictures, or a data set (--split config:split)"
+                f"{path} cannot be read: {_cause(error)}. Expected a folder of pictures or sounds, or a data set (--split config:split)"
             ) from error
         raise ConfigError(
             f"data is {source!r}, which is no file or directory here, and no data set that the hub gives: {_cause(error)}. "
-            "Expected a folder of pictures, a parquet, json, jsonl or csv file, a data set's id (and --split config:split), or "
+            "Expected a folder of pictures or sounds, a parquet, json, jsonl or csv file, a data set's id (and --split config:split), or "
             "an lmms-eval task"
         ) from error
     if only:
@@ -157,13 +169,15 @@ def _split_of(loaded: Any, source: str, split: str | None, base: Path | None) ->
 
 
 def _undecoded(rows: Any) -> Any:
-    """Columns of pictures as bytes and paths, so that a broken one is an error about its own question."""
+    """Columns of pictures and sounds as bytes and paths, so that a broken one is an error about its own question; and sounds are
+    decoded without torchcodec."""
     datasets = _library()
     for name, feature in rows.features.items():
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(name, datasets.Image(decode=False))
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            rows = rows.cast_column(name, datasets.List(datasets.Image(decode=False)))
+        for kind in (datasets.Image, datasets.Audio):
+            if isinstance(feature, kind):
+                rows = rows.cast_column(name, kind(decode=False))
+            elif isinstance(getattr(feature, "feature", None), kind):
+                rows = rows.cast_column(name, datasets.List(kind(decode=False)))
     return rows
 
 

@@ -11,19 +11,19 @@ from typing import Any, Literal
 from lmms_smoothguard import plugins
 from lmms_smoothguard.errors import SmoothGuardError
 
-_SHOWN = ("name", "norm", "eps", "steps", "eot", "target", "seed")
+_SHOWN = ("name", "norm", "eps", "snr", "steps", "eot", "target", "seed")
 """Settings that have a place of their own in a title, or (the seed) none."""
 _USUAL = {"loss": "margin", "restarts": 1, "step_size": None, "random_start": True}
 
 
 def attack_title(settings: Mapping[str, Any]) -> str:
-    """`PGD-40, 4/255` of flat settings (`AttackSettings.to_dict()`); `L2 0.5` for a budget in L2, `any colour` for all of [0, 1].
+    """`PGD-40, 4/255` of flat settings (`AttackSettings.to_dict()`); `L2 0.5` for a budget in L2, `any colour` for all of [0, 1],
+    `40 dB` for one below each sound's own power.
 
     Then whatever is not as usual: EOT's draws, a target, restarts, a loss other than the margin, and options other than the
     attack's own defaults (`feedback=answers`); all of them where the attack is not installed here.
     """
-    eps = settings["eps"]
-    budget = f"{eps * 255:g}/255" if settings["norm"] == "linf" else f"{settings['norm'].upper()} {eps:g}"
+    budget = budget_of(settings)
     name = settings["name"].upper() if "pgd" in settings["name"] else settings["name"].capitalize()
     parts = [f"{name}-{settings['steps']}"]
     if settings.get("eot"):
@@ -37,6 +37,17 @@ def attack_title(settings: Mapping[str, Any]) -> str:
             continue
         parts.append(f"{value} {name}" if name in ("loss", "restarts") else f"{name}={_short(value)}")
     return ", ".join(parts)
+
+
+def budget_of(settings: Mapping[str, Any]) -> str:
+    """`4/255`; `0.0005` where it is no whole number of grey levels, as of sounds; `L2 0.5`; `40 dB`."""
+    if settings.get("snr") is not None:
+        return f"{settings['snr']:g} dB"
+    eps = settings["eps"]
+    if settings["norm"] != "linf":
+        return f"{settings['norm'].upper()} {eps:g}"
+    levels = eps * 255
+    return f"{levels:g}/255" if abs(levels - round(levels)) < 1e-6 else f"{eps:g}"
 
 
 def attack_access(settings: Mapping[str, Any]) -> Literal["gradients", "scores", "answers"]:

@@ -12,15 +12,21 @@ import torch
 
 from lmms_smoothguard.attacks.cache import AttackCache, content_key
 from lmms_smoothguard.errors import AttackError
+from lmms_smoothguard.inputs.carried import CLIPS, CarriedClips
+
+_MEDIA = ("pixel_values", "input_features")
 
 
 @dataclasses.dataclass
 class PlainPass:
-    """`inputs`: the tensors generate was given; `answer`: the token ids it gave, without the end; `text`: the wrapper's."""
+    """`inputs`: the tensors generate was given; `answer`: the token ids it gave, without the end; `text`: the wrapper's;
+    `clips`: the sounds that its features were made of, float32 (n,) each, as a protected processor got them (None where it is
+    not protected)."""
 
     inputs: dict[str, Any] = dataclasses.field(default_factory=dict)
     answer: tuple[int, ...] = ()
     text: str = ""
+    clips: tuple[np.ndarray, ...] | None = None
 
 
 @contextlib.contextmanager
@@ -53,15 +59,20 @@ def recorded(model: Any, fingerprint: str, cache: AttackCache) -> Iterator[Plain
 def _answer(
     model: Any, own: Any, fingerprint: str, cache: AttackCache, seen: PlainPass, args: Any, kwargs: dict[str, Any]
 ) -> torch.Tensor:
-    if args or "input_ids" not in kwargs or "pixel_values" not in kwargs:
-        raise AttackError(f"generate() is called with {', '.join(kwargs)}; expected input_ids and pixel_values by name")
+    if args or "input_ids" not in kwargs or not any(name in kwargs for name in _MEDIA):
+        raise AttackError(
+            f"generate() is called with {', '.join(kwargs)}; expected input_ids and {' or '.join(_MEDIA)} by name"
+        )
     seen.inputs = {key: value for key, value in kwargs.items() if isinstance(value, torch.Tensor)}
+    if isinstance(carried := kwargs.get(CLIPS), CarriedClips):
+        seen.clips = carried.clips
     ids = kwargs["input_ids"]
     if ids.shape[0] != 1:
         raise AttackError(f"generate() is called with {ids.shape[0]} rows; expected one request at a time")
     # Every tensor, since any may change the answer: a grid's shape, an image's own size, a mask over padding.
     tensors = {f"tensor {name}": _array(value) for name, value in _tensors(kwargs)}
-    settings = {k: repr(v) for k, v in kwargs.items() if not isinstance(v, torch.Tensor)}
+    # The clips that came along are told by their features.
+    settings = {k: repr(v) for k, v in kwargs.items() if not isinstance(v, torch.Tensor) and k != CLIPS}
     # What tells of itself by its address (criteria that stop at a word) is no key that another run would find.
     told = not any(" at 0x" in text for text in settings.values())
     key = content_key(kind="clean answer", model=fingerprint, settings=settings, **tensors) if told else None

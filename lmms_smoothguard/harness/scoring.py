@@ -113,12 +113,12 @@ def total(counts: Sequence[int]) -> int:
     return sum(counts)
 
 
-def caption_scores(doc: Any, answer: str) -> dict[str, float]:
-    """Exact match, and F1 over the named objects."""
+def caption_scores(doc: Any, answer: str, names: Sequence[str] | None = None) -> dict[str, float]:
+    """Exact match, and F1 over the named objects; names: of all there are, None for those of the embedded scenes."""
     from lmms_smoothguard.tiny.scenes import OBJECTS
 
     text = normalize_answer(answer)
-    said = {name for name in OBJECTS if name in text}
+    said = {name for name in names or OBJECTS if name in text}
     there = set(doc["objects"].split(", "))
     both = len(said & there)
     return {

@@ -17,7 +17,7 @@ RESULTS = "smoothguard_attacks"
 """Where a harness's results file has the summaries, by task."""
 TOWER = "smoothguard_vision_tower"
 """Where it has the vision tower that was put into the model, and the fingerprint of the model that this made."""
-NO_IMAGE, NO_ANSWER = "no image", "empty clean answer"
+NO_IMAGE, NO_SOUND, NO_ANSWER = "no image", "no sound", "empty clean answer"
 """Why a sample of an attacked run is left as it is, and out of every rate under attack."""
 
 
@@ -122,7 +122,7 @@ def put_in(results: dict[str, Any], outcomes: Outcomes) -> dict[str, Summary]:
 
 
 def told_of(entry: Entry) -> dict[str, Any]:
-    """What the samples log says of an adversarial picture."""
+    """What the samples log says of an adversarial picture or sound."""
     numbers = {f"attack_{name}": entry.record[name] for name in ("linf", "l2", "rendering_gap", "seconds")}
     return {"attack": entry.record["attack"], "attack_key": entry.key, **numbers}
 

@@ -29,9 +29,12 @@ class LogMel:
         self._window = torch.hann_window(self._size)
 
     def __call__(self, sounds: torch.Tensor) -> torch.Tensor:
-        """(clips, samples) within [-1, 1] -> (clips, mels, samples // hop)."""
+        """(clips, samples), full scale 1 and more samples than half a frame -> (clips, mels, samples // hop)."""
         window, filters = self._window.to(sounds.device), self._filters.to(sounds.device)
-        spectrum = torch.stft(sounds, self._size, self._hop, window=window, return_complex=True)[..., :-1]
+        half = self._size // 2
+        # As stft(center=True) pads; its own reflection has no deterministic gradient on GPUs.
+        padded = torch.cat([sounds[:, 1 : half + 1].flip(-1), sounds, sounds[:, -half - 1 : -1].flip(-1)], dim=-1)
+        spectrum = torch.stft(padded, self._size, self._hop, window=window, center=False, return_complex=True)[..., :-1]
         power = spectrum.real.square() + spectrum.imag.square()
         logarithm = (filters @ power).clamp(min=1e-10).log10()
         floor = logarithm.amax(dim=(-2, -1), keepdim=True) - 8.0

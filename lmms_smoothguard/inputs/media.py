@@ -1,9 +1,9 @@
-"""Finds the pixels among the keyword arguments of `generate`; what it does not know it refuses."""
+"""Finds pixels and sounds among the keyword arguments of `generate`; what it does not know it refuses."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from math import isqrt
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 from PIL.Image import Image
 
 from lmms_smoothguard.errors import UndefendableError
+from lmms_smoothguard.inputs.carried import CLIPS, Sounds, check_carried
 from lmms_smoothguard.inputs.fitting import channels_of
 from lmms_smoothguard.inputs.layouts import ChannelsFirst, Layout, PackedPatches
 
@@ -75,18 +76,54 @@ class Images(NamedTuple):
     rows: tuple[int, ...] | None
 
 
+class Media(NamedTuple):
+    """All media of a request, None for what there is none of; never both None."""
+
+    images: Images | None
+    sounds: Sounds | None
+
+
 def find_images(inputs: Mapping[str, Any], config: Any) -> Images | None:
     """The images of a request, or None when it has no media at all.
 
-    `config` is the model's. Raises UndefendableError for audio, video, precomputed embeddings, caches that may hold an
-    undefended image, any unknown float tensor, and pixels that are not finite: a defence that cannot act must say so.
+    As `find_media`, for what acts on pictures alone: raises UndefendableError for sounds too.
     """
-    for key in AUDIO_KEYS:
-        if inputs.get(key) is not None:
+    media = find_media(inputs, config)
+    if media is not None and media.sounds is not None:
+        raise UndefendableError(
+            f"{media.sounds.key} is audio, and this acts on pictures alone; expected a request without sounds. Use "
+            "defense=smoothguard, or pass smoothguard=False to run this request undefended."
+        )
+    return None if media is None else media.images
+
+
+def find_media(inputs: Mapping[str, Any], config: Any) -> Media | None:
+    """The images and sounds of a request, or None when it has no media at all.
+
+    `config` is the model's. Raises UndefendableError for features of sounds without their clips, video, precomputed embeddings,
+    caches that may hold an undefended image, any unknown float tensor, and values that are not finite: a defence that cannot act
+    must say so.
+    """
+    _refuse_unsupported(inputs)
+    pixels = _only([key for key in IMAGE_KEYS if inputs.get(key) is not None], "pixels")
+    heard = _only([key for key in AUDIO_KEYS if inputs.get(key) is not None], "sounds")
+    _refuse_unknown(inputs, {key for key in (pixels, heard) if key is not None})
+    if pixels is None and heard is None:
+        if inputs.get(CLIPS) is not None:
+            raise UndefendableError(f"{CLIPS} came without features; expected all that the processor gave")
+        if inputs.get("past_key_values") is not None and _is_multimodal(config):
             raise UndefendableError(
-                f"{key} is audio: the published noise is waveform noise, and only features reach generate(). "
-                "Audio is not supported yet; pass smoothguard=False to run this request undefended."
+                "past_key_values may hold an image or a sound that was never defended; expected the whole conversation with its "
+                "media. Send it without the cache, or pass smoothguard=False."
             )
+        return None
+    if inputs.get("past_key_values") is not None:
+        raise UndefendableError("past_key_values cannot be shared by noisy copies; expected a request without a cache")
+    images = None if pixels is None else _images(pixels, inputs, config)
+    return Media(images, None if heard is None else _sounds(heard, inputs, config))
+
+
+def _refuse_unsupported(inputs: Mapping[str, Any]) -> None:
     for key in VIDEO_KEYS:
         if inputs.get(key) is not None:
             raise UndefendableError(
@@ -98,7 +135,17 @@ def find_images(inputs: Mapping[str, Any], config: Any) -> Images | None:
                 f"{key} is made of tokens, to which no noise can be added; expected pixels. Pass smoothguard=False to run this "
                 "request undefended."
             )
-    found = [key for key in IMAGE_KEYS if inputs.get(key) is not None]
+
+
+def _only(found: Sequence[str], what: str) -> str | None:
+    if len(found) > 1:
+        raise UndefendableError(
+            f"the request has {what} in {' and '.join(found)}; expected one of them, for only one would be defended"
+        )
+    return found[0] if found else None
+
+
+def _refuse_unknown(inputs: Mapping[str, Any], found: Set[str]) -> None:
     for key, value in inputs.items():
         opaque = key in _ENCODED_KEYS and value is not None
         if key not in found and key not in _PLAIN_KEYS and (opaque or _is_continuous(value)):
@@ -106,21 +153,10 @@ def find_images(inputs: Mapping[str, Any], config: Any) -> Images | None:
                 f"{key} is a continuous input of unknown layout; expected one of: {', '.join(IMAGE_KEYS)}. "
                 "It would pass undefended, so it is refused; pass smoothguard=False to allow that."
             )
-    if not found:
-        if inputs.get("past_key_values") is not None and _is_multimodal(config):
-            raise UndefendableError(
-                "past_key_values may hold an image that was never defended; expected the whole conversation with its "
-                "pixels. Send it without the cache, or pass smoothguard=False."
-            )
-        return None
-    if inputs.get("past_key_values") is not None:
-        raise UndefendableError("past_key_values cannot be shared by noisy copies; expected a request without a cache")
-    if len(found) > 1:
-        raise UndefendableError(
-            f"the request has pixels in {' and '.join(found)}; expected one of them, for only one would be defended"
-        )
-    (key,) = found
-    values = inputs[key]
+
+
+def _checked(key: str, values: Any, what: str) -> torch.Tensor:
+    """Raises UndefendableError for what is no finite tensor of floating point."""
     if not isinstance(values, torch.Tensor):
         raise UndefendableError(
             f"{key} is a {type(values).__name__}; expected one tensor. Lists of tensors have no known layout."
@@ -132,11 +168,35 @@ def find_images(inputs: Mapping[str, Any], config: Any) -> Images | None:
         )
     if not torch.isfinite(values).all():
         raise UndefendableError(
-            f"{key} holds NaN or Inf; expected finite pixels. Check the image and its preprocessing."
+            f"{key} holds NaN or Inf; expected finite {what}. Check the {'image' if what == 'pixels' else 'sound'} and its preprocessing."
         )
+    return values
+
+
+def _images(key: str, inputs: Mapping[str, Any], config: Any) -> Images:
+    values = _checked(key, inputs[key], "pixels")
     layout, slices = layout_of(key, values, inputs, config)
     _check_rows(key, values, inputs, slices, config)
     return Images(key, values, layout, slices, _rows(inputs, config, slices, layout, values.ndim))
+
+
+def _sounds(key: str, inputs: Mapping[str, Any], config: Any) -> Sounds:
+    values = _checked(key, inputs[key], "features")
+    found = check_carried(inputs.get(CLIPS), key, values)
+    return Sounds(key, values, found, _rows_of_sounds(inputs, config, len(found)))
+
+
+def _rows_of_sounds(inputs: Mapping[str, Any], config: Any, count: int) -> tuple[int, ...] | None:
+    """Each sound's user row: one stretch of its tokens in the prompt a sound."""
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+        return None
+    if len(ids) == 1:
+        return (0,) * count
+    names = ("audio_token_id", "audio_token_index")
+    token = next((found for name in names if (found := getattr(config, name, None)) is not None), None)
+    rows = tuple(row for row, tokens in enumerate((ids == token).tolist()) for _ in _runs(tokens)) if token else ()
+    return rows if len(rows) == count else None
 
 
 def _is_continuous(value: Any) -> bool:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from lmms_smoothguard.inputs.carried import CLIPS
+
 
 @functools.cache
 def _controls() -> frozenset[str]:
@@ -38,13 +40,20 @@ def _for_every_copy(allowed: Callable[[int, Any], Any], rows: int) -> Callable[[
 
 def tile(inputs: Mapping[str, Any], copies: Sequence[torch.Tensor], key: str) -> dict[str, Any]:
     """The keyword arguments of a batch of copies: `copies` are the values of `key`, everything per-row is repeated."""
+    return tile_media(inputs, [{key: values} for values in copies])
+
+
+def tile_media(inputs: Mapping[str, Any], copies: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, Any]:
+    """The same where several inputs differ from copy to copy; the clips that sounds came with are left behind."""
     count = len(copies)
     ids = inputs.get("input_ids")
-    rows = ids.shape[0] if isinstance(ids, torch.Tensor) else copies[0].shape[0]
+    rows = ids.shape[0] if isinstance(ids, torch.Tensor) else next(iter(copies[0].values())).shape[0]
     tiled: dict[str, Any] = {}
     for name, value in inputs.items():
-        if name == key:
-            tiled[name] = torch.cat(list(copies))
+        if name == CLIPS:
+            continue
+        if name in copies[0]:
+            tiled[name] = torch.cat([copy[name] for copy in copies])
         elif name == "prefix_allowed_tokens_fn" and value is not None:
             tiled[name] = _for_every_copy(value, rows)
         elif name in _controls() and not name.startswith("negative_prompt"):

@@ -15,12 +15,13 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from lmms_smoothguard.blackbox.pictures import NoisyPictures
-from lmms_smoothguard.blackbox.sounds import Clip, NoisyClips, read_clip
+from lmms_smoothguard.blackbox.sounds import NoisyClips
 from lmms_smoothguard.errors import ConfigError
 from lmms_smoothguard.files import whole_pictures
 from lmms_smoothguard.proxy.chat import ChatRequest, Part
 from lmms_smoothguard.proxy.refusals import Refusal, bad_request
 from lmms_smoothguard.proxy.settings import ProxySettings
+from lmms_smoothguard.sounds import Clip, read_clip
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _DATA = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?P<parameters>(?:;[\w.+-]+=[\w.+-]+)*);base64,", re.ASCII)

@@ -14,20 +14,21 @@ import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from lmms_smoothguard.attacks.cache import content_key
-from lmms_smoothguard.config import SmoothGuardConfig
-from lmms_smoothguard.defenses.copies import answer_batch, noise_source
+from lmms_smoothguard.defenses.copies import Copies, answer_batch
 from lmms_smoothguard.defenses.replies import Replies
 from lmms_smoothguard.defenses.request import Request
 from lmms_smoothguard.errors import SmoothGuardError, UndefendableError
 from lmms_smoothguard.files import replace_file
 from lmms_smoothguard.fingerprint import model_fingerprint
+from lmms_smoothguard.inputs.carried import CLIPS
 from lmms_smoothguard.inputs.fitting import all_known
 from lmms_smoothguard.inputs.statistics import pixel_statistics
+from lmms_smoothguard.sweeps.noises import PICTURES, UNITS, Noise
 
 log = logging.getLogger(__name__)
 
@@ -36,14 +37,6 @@ FORMAT = 1
 
 Ids = tuple[int, ...]
 """An answer's tokens, without padding and end-of-sequence."""
-
-
-class Noise(NamedTuple):
-    """What a noisy copy hangs on besides its request and its number."""
-
-    sigma: float
-    space: str
-    seed: int
 
 
 class AnswerCache:
@@ -140,14 +133,18 @@ class Answerer:
     def _answer(self, arguments: Mapping[str, Any], noise: Noise, numbers: Sequence[int]) -> dict[int, Ids]:
         request = self._request(arguments)
         request.check_supported()
-        images = request.images()
-        if images is None or not images.slices:
-            raise UndefendableError("the request has no image; a sweep over noise needs one")
-        config = SmoothGuardConfig(sigma=noise.sigma, noise_space=noise.space, seed=noise.seed)
-        source, replies = noise_source(request, config, images), Replies(request, 1)
+        media = request.media()
+        if media is None or (media.images if noise.space in PICTURES else media.sounds) is None:
+            what = "image" if noise.space in PICTURES else "sound"
+            raise UndefendableError(f"the request has no {what}; a sweep over noise in {UNITS[noise.space]} needs one")
+        if None not in media:
+            raise UndefendableError(
+                "the request has pictures and sounds; expected one of them, whose noise a sweep varies"
+            )
+        copies, replies = Copies(request, noise.config, media), Replies(request, 1)
         size = self._largest or len(numbers)
         while left := numbers[replies.copies :]:
-            if not answer_batch(request, replies, images, source.copy, left[:size]):
+            if not answer_batch(request, replies, copies, left[:size]):
                 self._largest = size = min(size, len(left)) // 2  # what does not fit now will not fit later
         return dict(zip(numbers, replies.candidates(0), strict=True))
 
@@ -161,7 +158,7 @@ class Answerer:
             format=FORMAT,
             kind="answers of copies",
             model=self._fingerprint,
-            settings={k: repr(v) for k, v in arguments.items() if k not in tensors},
+            settings={k: repr(v) for k, v in arguments.items() if k not in tensors and k != CLIPS},
             noise=None if noise is None else {**noise._asdict(), "statistics": self._statistics(noise)},
             **{f"input {name}": _array(tensor) for name, tensor in tensors.items()},
         )

@@ -17,13 +17,13 @@ from lmms_smoothguard.attacks.craft import Crafter, Job
 from lmms_smoothguard.attacks.goals import goal
 from lmms_smoothguard.attacks.settings import AttackSettings
 from lmms_smoothguard.choice import Choice
-from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.errors import ConfigError
 from lmms_smoothguard.evaluation.pope import yes_or_no
 from lmms_smoothguard.evaluation.questions import Question, Questions, Words
 from lmms_smoothguard.subject import GREEDY, Subject
-from lmms_smoothguard.sweeps.answers import AnswerCache, Answerer, Ids, Noise
+from lmms_smoothguard.sweeps.answers import AnswerCache, Answerer, Ids
 from lmms_smoothguard.sweeps.grid import Condition, Grid
+from lmms_smoothguard.sweeps.noises import Noise
 
 _AT_ONCE = 256
 """Questions whose pictures are held in memory together."""
@@ -33,7 +33,7 @@ QUIET = Noise(0.0, "pixel", 0)
 
 class Cell(NamedTuple):
     """What one question got under one condition and noise: the answer to the unperturbed input, and those of the noisy
-    copies 1, 2, ...; `attack`: the adversarial picture's entry without its images, which many cells would not fit into memory
+    copies 1, 2, ...; `attack`: the adversarial picture's or sound's entry without its media, which many cells would not fit into memory
     with; None for a clean picture."""
 
     plain: Ids
@@ -125,20 +125,20 @@ class Collector:
             inputs, entry = part.inputs, entries.get(number)
             if entry is not None:
                 pictures = tuple(Image.fromarray(image) for image in entry.images)
-                inputs = self._subject.inputs(dataclasses.replace(part.question, images=pictures))
+                attacked = dataclasses.replace(part.question, images=pictures, sounds=entry.sounds)
+                inputs = self._subject.inputs(attacked)
             arguments = {**inputs, **self._settings}
             plain = self._answerer.clean(arguments)
             copies = self._answerer.noisy(arguments, noise, self._grid.copies()) if noise.sigma else []
             bar.update()
-            yield Cell(plain, tuple(copies), None if entry is None else entry._replace(images=()))
+            yield Cell(plain, tuple(copies), None if entry is None else entry._replace(images=(), sounds=()))
 
     def _craft(self, asked: Sequence[_Asked], attack: AttackSettings, noise: Noise) -> dict[int, Entry]:
         """Adversarial pictures by the question's place: one set an attack; with EOT one for each noise that the attacker averages
         over. A question whose clean answer is empty has none: there is nothing to lead away from, and it is in no ASR."""
         key = noise._replace(seed=0) if attack.eot else None
         if key not in self._crafters:
-            config = SmoothGuardConfig(sigma=noise.sigma, noise_space=noise.space)
-            defense = Choice("smoothguard", config) if attack.eot else None
+            defense = Choice("smoothguard", noise.config) if attack.eot else None
             self._crafters[key] = Crafter(
                 self._subject.model, self._subject.processor, self._attacks, defense, self._batch_size, self._quiet
             )
@@ -156,7 +156,9 @@ class Collector:
             label=label,
             clean_is_right=label is None or is_right(said, label),
         )
-        return None if answer is None else Job(attack, part.question.images, part.inputs, answer)
+        if answer is None:
+            return None
+        return Job(attack, part.question.images, part.inputs, answer, self._subject.sounds(part.question))
 
 
 def _check(questions: Questions) -> None:

@@ -13,6 +13,8 @@ from lmms_smoothguard.attacks.settings import AttackSettings
 from lmms_smoothguard.choice import Choice
 from lmms_smoothguard.config import SmoothGuardConfig, parse_scalar
 from lmms_smoothguard.errors import ConfigError
+from lmms_smoothguard.evaluation.titles import budget_of
+from lmms_smoothguard.sweeps.noises import config_of, titled
 
 T = TypeVar("T")
 EOT_DRAWS = 8
@@ -40,11 +42,12 @@ class Condition:
 
 @dataclass(frozen=True)
 class Point:
-    """One way to answer. config: None = undefended; seeds: pooled, the config's own is the first of them; majority_first:
+    """One way to answer. config: None = undefended; noise: its size, and in which units (see `noises`); seeds: pooled, the config's own is the first of them; majority_first:
     see `aggregate`; main: of the points with one noise the one whose samples are kept."""
 
     config: SmoothGuardConfig | None
     seeds: tuple[int, ...]
+    noise: tuple[str, float] = ("pixel", 0.0)
     majority_first: bool = True
     main: bool = True
 
@@ -57,7 +60,7 @@ class Point:
         clean = "" if c.include_clean else " noisy"
         always = "" if self.majority_first else _ALWAYS
         over = "" if c.aggregator == "vote" else f" ({shown(c.embedder)})"
-        return f"sigma {c.sigma:g} {c.noise_space}, N {c.num_samples}{clean}, {c.aggregator}{always}{over}"
+        return f"{titled(*self.noise)}, N {c.num_samples}{clean}, {c.aggregator}{always}{over}"
 
     @property
     def defense(self) -> dict[str, Any] | None:
@@ -117,10 +120,11 @@ class Grid:
         for space in self.noise_spaces:
             for sigma in self.sigmas:
                 if sigma != 0:
-                    made += self._voted(SmoothGuardConfig(sigma=sigma, noise_space=space, seed=self.seeds[0]))
+                    made += self._voted(space, sigma)
         return made
 
-    def _voted(self, base: SmoothGuardConfig) -> Iterator[Point]:
+    def _voted(self, space: str, sigma: float) -> Iterator[Point]:
+        base = config_of(space, sigma, self.seeds[0])
         largest = max(self.num_samples)
         for count in self.num_samples:
             for clean in self.clean_copy if count > 1 else (False,):
@@ -133,7 +137,7 @@ class Grid:
                         embedder=embedder,
                     )
                     main = count == largest and clean == (self.clean_copy[0] and count > 1) and number == 0
-                    yield Point(config, self.seeds, not aggregator.endswith(_ALWAYS), main)
+                    yield Point(config, self.seeds, (space, sigma), not aggregator.endswith(_ALWAYS), main)
 
     def reference(self, point: Point) -> Point | None:
         """The vote on all copies under the same noise, where the grid has it; None for that vote itself and undefended."""
@@ -159,7 +163,7 @@ def conditions(
 ) -> tuple[Condition, ...]:
     """The conditions of `none`, `pgd`, `pgd+eot`, `square+eot4`, ... with every budget.
 
-    eps: budgets, numbers or texts such as 4/255; settings: further settings of every attack. Raises ConfigError.
+    eps: budgets, numbers or texts such as 4/255, or 40dB below each sound; settings: further settings of every attack. Raises ConfigError.
     """
     made: dict[str, Condition] = {}
     for asked in attacks:
@@ -178,15 +182,17 @@ def conditions(
         if "+" in asked and draws < 1:
             raise ConfigError(f"attack is {asked!r}; expected at least one draw, such as {found['name']}+eot8")
         for size in eps:
-            attack = AttackSettings.parse({"name": found["name"], **(settings or {}), "eps": size, "eot": draws})
+            room = {"snr": size[:-2], "norm": "l2"} if str(size).endswith("dB") else {"eps": size}
+            attack = AttackSettings.parse({"name": found["name"], **(settings or {}), **room, "eot": draws})
             name = f"{attack.name}{f'+eot{draws}' if draws else ''} {budget(attack)}"
             made[name] = Condition(name, attack)
     return tuple(made.values())
 
 
 def budget(attack: AttackSettings) -> str:
-    """`4/255`, or `1 L2`."""
-    return f"{attack.eps * 255:g}/255" if attack.norm == "linf" else f"{attack.eps:g} L2"
+    """`4/255`, `0.0005`, `1 L2` or `40 dB`."""
+    flat = attack.to_dict()
+    return f"{attack.eps:g} L2" if attack.norm == "l2" and flat.get("snr") is None else budget_of(flat)
 
 
 def shown(embedder: str) -> str:

@@ -12,9 +12,10 @@ from lmms_smoothguard.aggregation.embedders import Embed, EmbedderContext, load_
 from lmms_smoothguard.aggregation.verdict import Verdict, aggregate
 from lmms_smoothguard.evaluation.questions import Words
 from lmms_smoothguard.evaluation.samples import SampleRecord
-from lmms_smoothguard.sweeps.answers import Ids, Noise
+from lmms_smoothguard.sweeps.answers import Ids
 from lmms_smoothguard.sweeps.collect import QUIET, Answers, Cell, is_right
 from lmms_smoothguard.sweeps.grid import CLEAN, Point
+from lmms_smoothguard.sweeps.noises import Noise
 
 
 class Replay:
@@ -27,7 +28,7 @@ class Replay:
     def samples(self, answers: Answers, condition: str, point: Point, seed: int, run: str) -> list[SampleRecord]:
         """One condition's questions as that point answers them, with every copy's answer."""
         config = point.config
-        noise = QUIET if config is None else Noise(config.sigma, config.noise_space, seed)
+        noise = QUIET if config is None else Noise(point.noise[1], point.noise[0], seed)
         task = f"{condition} | {point.name}" + (f", seed {seed}" if config is not None and len(point.seeds) > 1 else "")
         cells = answers.cells[condition, noise]
         before = [None] * len(cells) if condition == CLEAN else answers.clean

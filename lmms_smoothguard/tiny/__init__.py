@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 _HOME = Path(__file__).parent
-PLACES: Mapping[str, Path] = {f"tiny-{name}": _HOME / name for name in ("llava", "guard", "clip", "fare", "tecoa")}
+PLACES: Mapping[str, Path] = {
+    f"tiny-{name}": _HOME / name for name in ("llava", "audio", "guard", "clip", "fare", "tecoa")
+}
 """The directories of the models that ship with the package, by name."""
 
 

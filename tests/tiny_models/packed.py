@@ -45,6 +45,9 @@ _QWEN_TOKENS = {
 }  # fmt: skip
 
 
+_SOUND_TOKENS = (("", ""), ("start_", "bos_"), ("end_", "eos_"))
+
+
 def _qwen(
     name: str, vision: dict[str, Any], text: dict[str, Any], processor: str = "Qwen3VLProcessor", scale: float = 5.0,
     model: str | None = None, parts: dict[str, Any] | None = None, **config: Any,
@@ -60,6 +63,8 @@ def _qwen(
         video_processor=Qwen3VLVideoProcessor(**_PATCHES),
         **(parts or {}),
     )
+    if "audio_config" in config:
+        config |= {f"audio_{part}token_id": getattr(tok, f"audio_{own}token_id") for part, own in _SOUND_TOKENS}
     settings = _named(name, "Config")(
         text_config=text_config(tok, **text),
         vision_config=vision,

@@ -1,7 +1,8 @@
 """Models that hear: a second of a tone stands where another model's picture would.
 
 The prober is made for pictures, so `ask` turns each picture of a row into a tone of its own (its mean colour gives the
-pitches), of a length that goes with the picture's width: a row's sounds differ as its pictures do.
+pitches), of a length that goes with the picture's width: a row's sounds differ as its pictures do. A clip may stand in a
+picture's place as it is.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ _D_MODEL = {
 _TEMPLATE = "<s>USER: {sounds}\n{text} ASSISTANT:"
 
 
-def tone(picture: Image.Image, rate: int) -> np.ndarray:
+def tone(picture: Image.Image | np.ndarray, rate: int) -> np.ndarray:
     """About a second, three sines; float32 within [-1, 1]."""
+    if isinstance(picture, np.ndarray):
+        return picture
     colour = np.asarray(picture, np.float64).reshape(-1, 3).mean(0)
     seconds = np.arange(int(rate * (0.8 + 0.2 * picture.width / 150))) / rate
     sines = [np.sin(2 * np.pi * (200 + 10 * value) * seconds) for value in colour]
@@ -252,17 +255,82 @@ def voxtral() -> tuple[Any, Any]:
     return finish(lambda: VoxtralForConditionalGeneration(config), tok, scale=8.0), processor
 
 
+class _WritesSoundTokens:
+    """What Voxtral's processor asks of mistral-common's tokenizer: text with sound tokens in it, and the sounds beside."""
+
+    def __init__(self, tokenizer: Any, rows: Sequence[Row], sound: str) -> None:
+        self._tokenizer, self._rows, self._sound = tokenizer, rows, sound
+
+    def apply_chat_template(self, conversations: Any, **_: Any) -> dict[str, Any]:
+        texts = [_TEMPLATE.format(sounds=self._sound * 25 * len(sounds), text=text) for sounds, text in self._rows]
+        made = dict(self._tokenizer(texts, padding=True, return_tensors="pt"))
+        waves = [tone(sound, 16000) for sounds, _ in self._rows for sound in sounds]
+        return made | ({"audio": waves} if waves else {})
+
+
 def _voxtral_inputs(processor: Any, rows: Sequence[Row]) -> dict[str, Any]:
-    """What `apply_chat_template` does around its tokenizer (mistral-common's, which would write the sound tokens)."""
-    texts = [_TEMPLATE.format(sounds=processor.audio_token * 25 * len(pictures), text=text) for pictures, text in rows]
-    inputs = dict(processor.tokenizer(texts, padding=True, return_tensors="pt"))
-    window, waves = 2 * 16000, [tone(picture, 16000) for pictures, _ in rows for picture in pictures]
-    if waves:
-        inputs["input_features"] = processor._retrieve_input_features(
-            waves, window // 160, sampling_rate=16000, padding=True, truncation=False, pad_to_multiple_of=window,
-            return_tensors="pt",
-        )  # fmt: skip
-    return inputs
+    """Through `apply_chat_template`, which makes windows of features; `window` is ours, for sounds of two seconds."""
+    tok, window = processor.tokenizer, 2 * 16000
+    processor.tokenizer = _WritesSoundTokens(tok, rows, processor.audio_token)
+    settings = {"sampling_rate": 16000, "padding": True, "truncation": False, "pad_to_multiple_of": window}
+    try:
+        made = processor.apply_chat_template(
+            [[{"role": "user", "content": "?"}]],
+            processor_kwargs={
+                "text_kwargs": {"tokenize": True, "return_dict": True},
+                "audio_kwargs": {**settings, "max_source_positions": window // 160},
+                "return_tensors": "pt",
+            },
+        )
+    finally:
+        processor.tokenizer = tok
+    return dict(made)
+
+
+def audioflamingo3() -> tuple[Any, Any]:
+    """Log-mel windows; a long sound is cut into several before they are made of it."""
+    from transformers import (
+        AudioFlamingo3Config,
+        AudioFlamingo3ForConditionalGeneration,
+        AudioFlamingo3Processor,
+        WhisperFeatureExtractor,
+    )
+
+    tok = tokenizer("<sound>")
+    processor = AudioFlamingo3Processor(WhisperFeatureExtractor(**_WHISPER), tok, max_audio_len=8)
+    config = AudioFlamingo3Config(
+        audio_config={"model_type": "audioflamingo3_encoder", **_ENCODER, "max_source_positions": 100},
+        text_config={"model_type": "qwen2", **text_config(tok)},
+        audio_token_id=tok.convert_tokens_to_ids("<sound>"),
+    )
+    return finish(lambda: AudioFlamingo3ForConditionalGeneration(config), tok, scale=8.0), processor
+
+
+def granite_speech() -> tuple[Any, Any]:
+    """Log-mel frames in pairs, made by torchaudio; the mask is of tokens, not of frames."""
+    from transformers import (
+        GraniteSpeechConfig,
+        GraniteSpeechFeatureExtractor,
+        GraniteSpeechForConditionalGeneration,
+        GraniteSpeechProcessor,
+    )
+
+    tok = tokenizer("<|audio|>")
+    extractor = GraniteSpeechFeatureExtractor(n_mels=MELS, projector_window_size=15, projector_downsample_rate=5)
+    processor = GraniteSpeechProcessor(extractor, tok)
+    config = GraniteSpeechConfig(
+        encoder_config={
+            "input_dim": 2 * MELS, "num_layers": 2, "hidden_dim": 32, "num_heads": 2, "output_dim": 16, "context_size": 40,
+        },
+        projector_config={
+            "model_type": "blip_2_qformer", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "intermediate_size": 64, "encoder_hidden_size": 32, "vocab_size": 32, "cross_attention_frequency": 1,
+        },
+        text_config={"model_type": "granite", **text_config(tok)},
+        audio_token_index=tok.convert_tokens_to_ids("<|audio|>"),
+        has_lora_adapter=False, tie_word_embeddings=False,
+    )  # fmt: skip
+    return finish(lambda: GraniteSpeechForConditionalGeneration(config), tok, scale=9.0), processor
 
 
 KINDS: tuple[Architecture, ...] = (
@@ -274,4 +342,6 @@ KINDS: tuple[Architecture, ...] = (
     Architecture("nemo_speechlm", nemo_speechlm, "", several=False, mixed=False, ask=hears("<|audio|>")),
     Architecture("kyutai_speech_to_text", kyutai_speech_to_text, "", several=False, mixed=False, ask=_listens),
     Architecture("voxtral", voxtral, "", ask=_voxtral_inputs),
+    Architecture("audioflamingo3", audioflamingo3, "", several=False, mixed=False, ask=hears("<sound>")),
+    Architecture("granite_speech", granite_speech, "", ask=hears("<|audio|>")),
 )

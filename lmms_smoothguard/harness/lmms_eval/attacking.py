@@ -1,6 +1,6 @@
-"""Attacks the requests of a run before they are answered: plan, one clean pass each, crafting, other images in their places.
+"""Attacks the requests of a run before they are answered: plan, one clean pass each, crafting, other media in their places.
 
-A sample that cannot be attacked (no image in a mixed task; an empty clean answer, which leaves nothing to lead away from)
+A sample that cannot be attacked (no image or sound in a mixed task; an empty clean answer, which leaves nothing to lead away from)
 stays as it is, is logged with the reason, and is in no rate under attack. A clean answer is kept as a scorer would be given it
 (`clean_answer` in the samples log), and where that is not all the model said but for white space, raw too
 (`clean_answer_raw`).
@@ -23,11 +23,11 @@ from lmms_smoothguard.errors import AttackError
 from lmms_smoothguard.harness import ledger
 from lmms_smoothguard.harness.lmms_eval import universal
 from lmms_smoothguard.harness.lmms_eval.finishing import Finished, Finisher
-from lmms_smoothguard.harness.lmms_eval.instances import document_of, with_images
-from lmms_smoothguard.harness.lmms_eval.planning import Plan, plan
+from lmms_smoothguard.harness.lmms_eval.instances import document_of, with_images, with_sounds
+from lmms_smoothguard.harness.lmms_eval.planning import Ear, Plan, plan
 from lmms_smoothguard.harness.options import Options
 from lmms_smoothguard.harness.recording import PlainPass, recorded
-from lmms_smoothguard.harness.summary import NO_ANSWER, NO_IMAGE, told_of
+from lmms_smoothguard.harness.summary import NO_ANSWER, NO_IMAGE, NO_SOUND, told_of
 
 INFO = "_smoothguard"
 """The key of a request's metadata under which the samples log's fields about its attack travel."""
@@ -51,19 +51,22 @@ def attacked_requests(
     `quiet`: no progress bars.
     """
     together, others = universal.split(requests, options)
-    plans, bare = plan(wrapper, others, options) if others else ([], [])
-    made = {id(request): _left_out(wrapper, request, NO_IMAGE, "", Finished("", "")) for request in bare}
+    plans, bare = plan(wrapper, others, options, Ear.of(processor)) if others else ([], [])
+    heard = {one.request.task_name for one in plans if one.sounds}
+    made = {
+        id(request): _bare(wrapper, request, NO_SOUND if request.task_name in heard else NO_IMAGE) for request in bare
+    }
     if not plans and not together:
         return made
     if processor is None:
-        raise AttackError(f"{type(wrapper).__name__} shows no processor; expected one to carry gradients to the pixels")
+        raise AttackError(f"{type(wrapper).__name__} shows no processor; expected one to carry gradients to the media")
     tokenizer = getattr(processor, "tokenizer", None) or getattr(wrapper, "tokenizer", None)
     _check_targets(tokenizer, plans)
     cache = AttackCache(options.attack_cache)
     crafter = UniversalCrafter(model, processor, cache, options.defense, options.attack_batch_size, quiet)
     way = universal.OrdinaryWay(wrapper, model, crafter.fingerprint, cache, answer, quiet)
     shown = universal.shown_requests(way, together, options, crafter, processor, tokenizer) if together else []
-    passes = _plain_passes(plans, model, crafter.fingerprint, cache, answer, quiet)
+    passes = _plain_passes(wrapper, plans, model, crafter.fingerprint, cache, answer, quiet)
     clean = _finished([*((each.plan, each.plain) for each in shown), *passes], requests, finisher)
     for each in shown:
         request = each.plan.request
@@ -79,9 +82,15 @@ def attacked_requests(
             jobs.append((one, plain, job))
     entries = crafter.craft([job for _, _, job in jobs]) if jobs else []
     for (one, plain, _), entry in zip(jobs, entries, strict=True):
-        pictures = with_images(wrapper, one.request, [Image.fromarray(image) for image in entry.images])
-        made[id(one.request)] = _attacked(one, plain, clean[id(one.request)], entry, pictures)
+        arguments = _adversarial(wrapper, one, entry)
+        made[id(one.request)] = _attacked(one, plain, clean[id(one.request)], entry, arguments)
     return made
+
+
+def _adversarial(wrapper: Any, one: Plan, entry: Entry) -> tuple[Any, ...]:
+    if one.sounds:
+        return with_sounds(wrapper, one.request, entry.sounds)
+    return with_images(wrapper, one.request, [Image.fromarray(image) for image in entry.images])
 
 
 def _finished(
@@ -102,6 +111,7 @@ def _finished(
 
 
 def _plain_passes(
+    wrapper: Any,
     plans: Sequence[Plan],
     model: Any,
     fingerprint: str,
@@ -113,10 +123,32 @@ def _plain_passes(
 
     passes = []
     for one in tqdm(plans, desc="clean answers", unit="sample", disable=quiet):
+        request = one.request
+        if one.sounds:
+            request = dataclasses.replace(request, arguments=with_sounds(wrapper, request, one.sounds))
         with recorded(model, fingerprint, cache) as plain:
-            plain.text = answer(one.request)
+            plain.text = answer(request)
+        if one.sounds:
+            _check_heard(type(wrapper).__name__, one, plain)
         passes.append((one, plain))
     return passes
+
+
+def _check_heard(wrapper: str, one: Plan, plain: PlainPass) -> None:
+    """What is crafted is crafted from the planned sounds: a processor that was given others would be shown something else."""
+    name = f"{one.request.task_name}[{one.request.doc_id}]"
+    if "input_features" not in plain.inputs:
+        raise AttackError(
+            f"{name} has sounds, and {wrapper} gave generate() no input_features; expected a model that hears"
+        )
+    given = [sound.samples for sound in one.sounds]
+    if plain.clips is None or [len(clip) for clip in plain.clips] == [len(clip) for clip in given]:
+        return
+    lengths = [f"{', '.join(str(len(clip)) for clip in clips)} samples" for clips in (plain.clips, given)]
+    raise AttackError(
+        f"{wrapper} gave its processor sounds of {lengths[0]} for {name}, whose own have {lengths[1]} at the model's rate; expected "
+        "them as they are, for an attack perturbs what the processor is given. This wrapper's sounds cannot be attacked."
+    )
 
 
 def _job(one: Plan, plain: PlainPass, clean: Finished, tokenizer: Any) -> Job | None:
@@ -128,7 +160,7 @@ def _job(one: Plan, plain: PlainPass, clean: Finished, tokenizer: Any) -> Job | 
     settings = (
         one.attack.settings if one.target is None else dataclasses.replace(one.attack.settings, target=one.target)
     )
-    return Job(settings, one.images, plain.inputs, words)
+    return Job(settings, one.images, plain.inputs, words, sounds=one.sounds)
 
 
 def _check_targets(tokenizer: Any, plans: Sequence[Plan]) -> None:
@@ -140,6 +172,10 @@ def _check_targets(tokenizer: Any, plans: Sequence[Plan]) -> None:
             raise AttackError(f"{name} has no tokens; expected words the model can say")
         if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
             raise AttackError(f"{name} has words that the tokenizer does not know; expected words the model can say")
+
+
+def _bare(wrapper: Any, request: Instance, reason: str) -> Instance:
+    return _left_out(wrapper, request, reason, "", Finished("", ""))
 
 
 def _left_out(wrapper: Any, request: Instance, reason: str, raw: str, clean: Finished) -> Instance:

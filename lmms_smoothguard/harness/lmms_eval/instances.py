@@ -1,16 +1,17 @@
-"""An lmms-eval request: its document, its images, and itself with other images in their place."""
+"""An lmms-eval request: its document, its images and sounds, and itself with others in their place."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lmms_eval.api.instance import Instance
 from PIL import Image
 
 from lmms_smoothguard.errors import AttackError, explain
+from lmms_smoothguard.sounds import Sound, sound_of
 
 
 def document_of(wrapper: Any, request: Instance) -> Any:
@@ -21,13 +22,13 @@ def document_of(wrapper: Any, request: Instance) -> Any:
 
 @contextlib.contextmanager
 def reading(request: Instance) -> Iterator[None]:
-    """Names the sample when its document or pictures cannot be read: what a decoder says of broken bytes does not."""
+    """Names the sample when its document, pictures or sounds cannot be read: what a decoder says of broken bytes does not."""
     try:
         yield
     except Exception as error:
         raise AttackError(
-            f"the pictures of {request.task_name}[{request.doc_id}] cannot be read ({explain(error)}); expected pictures "
-            "that PIL opens. Mend the data set, or leave the sample out with --offset and --limit."
+            f"the media of {request.task_name}[{request.doc_id}] cannot be read ({explain(error)}); expected pictures that PIL "
+            "opens, and whole sounds. Mend the data set, or leave the sample out with --offset and --limit."
         ) from error
 
 
@@ -38,10 +39,30 @@ def _place_of_media(wrapper: Any) -> int:
 
 def images_of(wrapper: Any, request: Instance) -> list[Image.Image]:
     """The request's own images, in order."""
+    return _media_of(wrapper, request, _is_image)
+
+
+def sounds_of(wrapper: Any, request: Instance) -> list[Sound]:
+    """The request's own sounds, in order: those in memory, as arrays with a rate or as a decoder of torchcodec's.
+
+    Raises ConfigError for one that cannot be read.
+    """
+    return [sound_of(item) for item in _media_of(wrapper, request, _is_sound)]
+
+
+def _is_image(item: Any) -> bool:
+    return isinstance(item, Image.Image)
+
+
+def _is_sound(item: Any) -> bool:
+    return hasattr(item, "get_all_samples") or (isinstance(item, Mapping) and "array" in item)
+
+
+def _media_of(wrapper: Any, request: Instance, wanted: Callable[[Any], bool]) -> list[Any]:
     media = request.args[_place_of_media(wrapper)](document_of(wrapper, request))
     if getattr(wrapper, "is_simple", True):
-        return [item for item in media or [] if isinstance(item, Image.Image)]
-    return [part["url"] for part in _image_parts(media)]
+        return [item for item in media or [] if wanted(item)]
+    return [part["url"] for part in _parts(media, wanted)]
 
 
 def count_media(wrapper: Any, request: Instance) -> int:
@@ -58,28 +79,40 @@ def has_media(wrapper: Any, request: Instance) -> bool:
     return count_media(wrapper, request) > 0
 
 
-def _image_parts(messages: Any) -> list[dict[str, Any]]:
+def _parts(messages: Any, wanted: Callable[[Any], bool]) -> list[dict[str, Any]]:
     return [
         part
         for message in messages
         for part in (message["content"] if isinstance(message["content"], list) else [])
-        if part.get("type") == "image" and isinstance(part.get("url"), Image.Image)
+        if part.get("type") != "text" and wanted(part.get("url"))
     ]
 
 
 def with_images(wrapper: Any, request: Instance, pictures: Sequence[Image.Image]) -> tuple[Any, ...]:
     """The request's arguments with other images in the same places."""
+    return _with_media(wrapper, request, pictures, _is_image)
+
+
+def with_sounds(wrapper: Any, request: Instance, sounds: Sequence[Sound]) -> tuple[Any, ...]:
+    """The request's arguments with other sounds in the same places, as lmms-eval's wrappers take them."""
+    given = [{"array": sound.samples, "sampling_rate": sound.rate} for sound in sounds]
+    return _with_media(wrapper, request, given, _is_sound)
+
+
+def _with_media(
+    wrapper: Any, request: Instance, others: Sequence[Any], wanted: Callable[[Any], bool]
+) -> tuple[Any, ...]:
     place = _place_of_media(wrapper)
     own: Callable[..., Any] = request.args[place]
 
     def visuals(doc: Any, *args: Any, **kwargs: Any) -> Any:
-        left = list(pictures)
-        return [left.pop(0) if isinstance(item, Image.Image) else item for item in own(doc, *args, **kwargs)]
+        left = list(others)
+        return [left.pop(0) if wanted(item) else item for item in own(doc, *args, **kwargs)]
 
     def messages(doc: Any, *args: Any, **kwargs: Any) -> Any:
         made = own(doc, *args, **kwargs)
-        for part, picture in zip(_image_parts(made), pictures, strict=True):
-            part["url"] = picture
+        for part, other in zip(_parts(made, wanted), others, strict=True):
+            part["url"] = other
         return made
 
     swapped = list(request.args)

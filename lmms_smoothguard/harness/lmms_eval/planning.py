@@ -6,26 +6,46 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from lmms_eval.api.instance import Instance
 from PIL import Image
 
+from hf_integration.protecting import extractor_of
 from lmms_smoothguard.aggregation.verdict import normalize_answer
+from lmms_smoothguard.attacks.media import PICTURES, SOUNDS
 from lmms_smoothguard.errors import AttackError, did_you_mean
 from lmms_smoothguard.harness import ledger, sharding
 from lmms_smoothguard.harness.lmms_eval.finishing import PADDING
-from lmms_smoothguard.harness.lmms_eval.instances import document_of, has_media, images_of, reading
+from lmms_smoothguard.harness.lmms_eval.instances import document_of, has_media, images_of, reading, sounds_of
 from lmms_smoothguard.harness.options import Options, TaskAttack
+from lmms_smoothguard.sounds import Sound
 
 log = logging.getLogger(__name__)
+
+
+class Ear(NamedTuple):
+    """What a processor takes of a sound. rate: in Hz; longest: samples of its window, None where it has none."""
+
+    rate: int
+    longest: int | None
+
+    @classmethod
+    def of(cls, processor: Any) -> Ear | None:
+        """None for a processor that shows no feature extractor for sounds."""
+        extractor = extractor_of(processor)
+        if extractor is None:
+            return None
+        longest = getattr(extractor, "n_samples", None)
+        return cls(int(extractor.sampling_rate), None if longest is None else int(longest))
 
 
 @dataclass(frozen=True)
 class Plan:
     """One request to attack: its document, its own pictures, the target it is to be led to (None: away from `right`).
 
-    right: answers the data set accepts; none where the task names no label.
+    right: answers the data set accepts; none where the task names no label; sounds: its own, where it has no picture, at the
+    model's rate and in whole steps of 16 bits, as what is crafted from them will be.
     """
 
     request: Instance
@@ -34,6 +54,7 @@ class Plan:
     images: tuple[Image.Image, ...]
     target: str | None
     right: tuple[str, ...]
+    sounds: tuple[Sound, ...] = ()
 
     def label(self, clean_answer: str) -> str | None:
         """What to lead away from; None is the model's own clean answer, in its own tokens.
@@ -45,12 +66,14 @@ class Plan:
         return Counter(self.right).most_common(1)[0][0]
 
 
-def plan(wrapper: Any, requests: Sequence[Instance], options: Options) -> tuple[list[Plan], list[Instance]]:
-    """The requests that are attacked, each once, and those of the same tasks that have no image to attack.
+def plan(
+    wrapper: Any, requests: Sequence[Instance], options: Options, ear: Ear | None = None
+) -> tuple[list[Plan], list[Instance]]:
+    """The requests that are attacked, each once, and those of the same tasks that have no image or sound to attack.
 
-    A task that asks for its attack itself must have images throughout; one that is attacked because the model's arguments
-    say so may mix samples with and without. Raises AttackError for what cannot be attacked; warns of attack settings
-    without an attack.
+    A task that asks for its attack itself must have images or sounds throughout; one that is attacked because the model's
+    arguments say so may mix samples with and without. `ear`: the model's, None where its processor shows none. Raises
+    AttackError for what cannot be attacked; warns of attack settings without an attack.
     """
     plans: list[Plan] = []
     bare: list[Instance] = []
@@ -60,7 +83,7 @@ def plan(wrapper: Any, requests: Sequence[Instance], options: Options) -> tuple[
         asked = asked or attack is not None
         if attack is None or request.metadata.get(PADDING):
             continue
-        made = _plan(wrapper, request, attack, options)
+        made = _plan(wrapper, request, attack, options, ear)
         if made is not None:
             plans.append(made)
         else:
@@ -75,25 +98,46 @@ def plan(wrapper: Any, requests: Sequence[Instance], options: Options) -> tuple[
     return plans, bare
 
 
-def _plan(wrapper: Any, request: Instance, attack: TaskAttack, options: Options) -> Plan | None:
+def _plan(wrapper: Any, request: Instance, attack: TaskAttack, options: Options, ear: Ear | None) -> Plan | None:
     with reading(request):
         doc, images = document_of(wrapper, request), images_of(wrapper, request)
+        sounds = [] if images else sounds_of(wrapper, request)
     name = f"{request.task_name}[{request.doc_id}]"
-    if not images and has_media(wrapper, request):
-        raise AttackError(
-            f"{name} has media, but no picture in memory; expected PIL images, which are what is attacked"
-        )
-    if not images and "attack" in request.metadata:
-        raise AttackError(f"{name} has no image to attack; expected an image task")
-    if not images:
+    if not images and not sounds:
+        if has_media(wrapper, request):
+            raise AttackError(
+                f"{name} has media, but no picture or sound in memory; expected PIL images, or sounds with their array and "
+                "sampling_rate, which are what is attacked"
+            )
+        if "attack" in request.metadata:
+            raise AttackError(f"{name} has no image or sound to attack; expected a task of images or sounds")
         return None
+    attack.settings.check_medium(PICTURES if images else SOUNDS)
     # What the user asks for on the command line goes before what a task's data set names.
     asked = attack.settings.target if "target" in options.attack else None
     target = asked or attack.settings.target
     if asked is None and attack.target_field is not None:
         target = "".join(_texts(name, doc, "target_field", attack.target_field)[:1])
     right = () if target is not None or attack.label is None else _texts(name, doc, "label", attack.label)
-    return Plan(request, attack, doc, tuple(images), target, right)
+    heard = tuple(_heard(f"{name}, sound {number}", sound, ear) for number, sound in enumerate(sounds, start=1))
+    return Plan(request, attack, doc, tuple(images), target, right, heard)
+
+
+def _heard(name: str, sound: Sound, ear: Ear | None) -> Sound:
+    """At the model's own rate, wrappers hand a sound on as it is. One that is longer than the model's window they cut, and the
+    question then is another one."""
+    if ear is None:
+        raise AttackError(
+            f"{name}: the model's processor shows no feature extractor with a sampling_rate; expected one, to carry gradients to "
+            "the samples. Use a model that hears, such as smoothguard_qwen2_audio"
+        )
+    there = sound.at(ear.rate)
+    if ear.longest is not None and len(there.samples) > ear.longest:
+        raise AttackError(
+            f"{name} is {there.seconds:.2f} seconds long, and the model hears {ear.longest / ear.rate:g} at a time: its wrapper cuts "
+            "it into several; expected sounds that are heard whole. Shorten it, or leave the sample out with --offset and --limit."
+        )
+    return Sound.from_pcm(there.pcm, there.rate)
 
 
 def _texts(name: str, doc: Mapping[str, Any], role: str, field: str) -> tuple[str, ...]:
@@ -118,13 +162,13 @@ def _same(answer: str, right: str) -> bool:
 
 
 def _refuse_bare_tasks(plans: Sequence[Plan], bare: Sequence[Instance]) -> None:
-    """A task without any image was named by mistake. A shard cannot tell: its share may be text by chance."""
+    """A task without any image or sound was named by mistake. A shard cannot tell: its share may be text by chance."""
     pictured = {plan.request.task_name for plan in plans}
     for task, count in Counter(request.task_name for request in bare if request.task_name not in pictured).items():
         if not sharding.sharded():
             raise AttackError(
-                f"none of the {count} samples of {task} has an image, so there is nothing to attack; expected an image task. "
-                "Run text tasks without an attack."
+                f"none of the {count} samples of {task} has an image or a sound, so there is nothing to attack; expected a task of "
+                "images or sounds. Run text tasks without an attack."
             )
 
 

@@ -14,6 +14,7 @@ from lmms_smoothguard.errors import ConfigError, did_you_mean
 from lmms_smoothguard.evaluation.columns import NAMES, answers_of
 from lmms_smoothguard.evaluation.questions import Questions, Words, labelled
 from lmms_smoothguard.harness.lmms_eval import discovery
+from lmms_smoothguard.sounds import Sound, sound_of
 
 log = logging.getLogger(__name__)
 
@@ -24,12 +25,12 @@ def is_task(name: str) -> bool:
 
 
 def load_task(name: str, *, limit: int | None = None) -> Questions:
-    """The questions of one task: pictures and texts as its own functions give them, without any model's own prompts.
+    """The questions of one task: pictures, sounds and texts as its own functions give them, without any model's own prompts.
 
     The right answers are those in the document's field that `metadata.attack.label` names, all of them where it is a list (as
     VQA's ten), else the task's target where that is one text; the target of an attack is `metadata.attack.target_field`'s.
     Ids are the documents' own, or row numbers, with a warning, where some have none or share one. Raises ConfigError for a
-    group, a task that is not known, cannot be loaded, or asks for more than pictures.
+    group, a task that is not known, cannot be loaded, or asks for more than pictures and sounds.
     """
     manager = _manager_of(name)
     if manager is None:
@@ -55,14 +56,28 @@ def load_task(name: str, *, limit: int | None = None) -> Questions:
     ids = _ids(name, docs)
     words = [_words(task, docs[number], ids[number], attack) for number in range(count)]
 
-    def pictures(number: int) -> Sequence[Image.Image]:
-        visuals = task.doc_to_visual(docs[number]) or []
-        strangers = [item for item in visuals if not isinstance(item, Image.Image)]
-        if strangers:
-            raise ValueError(f"a {type(strangers[0]).__name__} among its pictures")
-        return list(visuals)
+    @functools.lru_cache(maxsize=1)  # pictures and sounds of one document come one after the other
+    def media(number: int) -> tuple[Any, ...]:
+        return tuple(task.doc_to_visual(docs[number]) or ())
 
-    return Questions(words, pictures, source=name, split=split, max_new_tokens=settings.get("max_new_tokens"))
+    def pictures(number: int) -> Sequence[Image.Image]:
+        strangers = [item for item in media(number) if not isinstance(item, Image.Image) and not _is_sound(item)]
+        if strangers:
+            raise ValueError(f"a {type(strangers[0]).__name__} among its pictures and sounds")
+        return [item for item in media(number) if isinstance(item, Image.Image)]
+
+    def sounds(number: int) -> Sequence[Sound]:
+        return [sound_of(item) for item in media(number) if _is_sound(item)]
+
+    longest = settings.get("max_new_tokens")
+    return Questions(words, pictures, sounds=sounds, source=name, split=split, max_new_tokens=longest)
+
+
+def _is_sound(item: Any) -> bool:
+    """As `datasets` has them: undecoded, decoded, or torchcodec's decoder."""
+    if isinstance(item, Mapping):
+        return "array" in item or set(item) == {"bytes", "path"}
+    return hasattr(item, "get_all_samples")
 
 
 def _ids(name: str, docs: Any) -> list[str]:

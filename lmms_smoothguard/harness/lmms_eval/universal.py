@@ -25,6 +25,7 @@ from lmms_smoothguard.harness.lmms_eval.instances import (
     has_media,
     images_of,
     reading,
+    sounds_of,
     texts_of,
     with_images,
     with_picture_added,
@@ -100,10 +101,14 @@ def _plan(wrapper: Any, request: Instance, options: Options) -> Plan:
         doc, images = document_of(wrapper, request), images_of(wrapper, request)
     attack = options.attack_on(request.metadata)
     assert attack is not None
-    if not images and has_media(wrapper, request):
+    name = f"{request.task_name}[{request.doc_id}]"
+    if not images and sounds_of(wrapper, request):
         raise AttackError(
-            f"{request.task_name}[{request.doc_id}] has media, but no picture in memory; expected PIL images, or text alone"
+            f"{name} has a sound, and attack=universal makes one picture for all requests; expected PIL images, or text alone. Use "
+            "an attack on each sound, such as attack=pgd"
         )
+    if not images and has_media(wrapper, request):
+        raise AttackError(f"{name} has media, but no picture in memory; expected PIL images, or text alone")
     return Plan(request, attack, doc, tuple(images), None, ())
 
 

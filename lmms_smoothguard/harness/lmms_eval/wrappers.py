@@ -21,6 +21,7 @@ import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts, unwrap_generation_output
 
 import hf_integration
+from hf_integration.protecting import hears
 from lmms_smoothguard.choice import check
 from lmms_smoothguard.encoders import TowerProvenance, check_tower, load_vision_tower
 from lmms_smoothguard.errors import ConfigError, UndefendableError, explain
@@ -73,8 +74,10 @@ class SmoothGuardMixin:
             if "device" in base_init:
                 kwargs["device"] = "cpu" if str(kwargs.get("device") or "cuda").startswith("cuda") else kwargs["device"]
             if "device_map" in base_init and not kwargs.get("device_map"):
-                kwargs["device_map"] = "cpu"
+                kwargs["device_map"] = _device_map_of_cpu(base_init["device_map"].default)
         super().__init__(*args, **kwargs)
+        if not torch.cuda.is_available() and getattr(self, "device_map", None) == "auto":
+            self.device_map = "cpu"  # upstream sends the inputs of an "auto" model to "cuda"
         hf_integration.enable()
         model = self._sg_model()
         processor = _find_processor(self)
@@ -83,6 +86,8 @@ class SmoothGuardMixin:
                 model, self._sg_options.vision_tower, processor, self._sg_options.vision_tower_resolution
             )
         if processor is not None:
+            if hears(processor):
+                hf_integration.protect(processor)
             hf_integration.attach(model, processor)
         defense = self._sg_options.defense
         check(defense, model, getattr(processor, "image_processor", processor))
@@ -188,6 +193,11 @@ class SmoothGuardMixin:
 
 
 # -- the wrapper underneath --------------------------------------------------------------------------------------------
+
+
+def _device_map_of_cpu(default: Any) -> str:
+    """Wrappers whose default is "cuda" look at `device` under "auto" alone, and take "cuda:0" for any other map."""
+    return "auto" if str(default).startswith("cuda") else "cpu"
 
 
 def parameters_of(wrapper: type) -> dict[str, inspect.Parameter]:

@@ -96,7 +96,8 @@ def test_sets() -> dict[str, list[dict[str, Any]]]:
 
 
 def write(directory: Path) -> None:
-    """Writes every test set, sounds as 16-bit FLAC; equal sounds are stored once a file."""
+    """Writes every test set, sounds as 16-bit FLAC; equal sounds are stored once a file. The column says that it is not to be
+    decoded, which `datasets` does with torchcodec alone: `sounds.sound_of` reads it."""
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -108,7 +109,7 @@ def write(directory: Path) -> None:
             for key in rows[0]
         }
         features = datasets.Features(
-            {key: datasets.Audio(RATE) if key == "audio" else datasets.Value("string") for key in columns}
+            {key: datasets.Audio(RATE, decode=False) if key == "audio" else datasets.Value("string") for key in columns}
         )
         table = pa.table(columns, schema=features.arrow_schema)
         pq.write_table(table, directory / f"{name}.parquet", compression="zstd", dictionary_pagesize_limit=16 << 20)

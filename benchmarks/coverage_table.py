@@ -1,7 +1,7 @@
 """What becomes of a request to a model of every type that transformers maps to text from pictures or sounds.
 
-.venv/bin/python benchmarks/coverage.py                 # benchmarks/results/coverage.json and docs/coverage.md: 20 minutes
-.venv/bin/python benchmarks/coverage.py --only llava    # one type, printed
+.venv/bin/python benchmarks/coverage_table.py                 # benchmarks/results/coverage.json and docs/coverage.md: 20 minutes
+.venv/bin/python benchmarks/coverage_table.py --only llava    # one type, printed
 
 Every type is built at tiny size with random weights, real model and processor classes (`tests/tiny_models`); what is found is compared with separate calls of the undefended model. No figure of such a model is a result.
 """

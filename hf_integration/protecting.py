@@ -1,0 +1,197 @@
+"""Processors that carry sounds along beside their features, so that `generate` can put noise on the waveform."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from lmms_smoothguard.errors import ConfigError, UndefendableError
+
+log = logging.getLogger(__name__)
+
+_PARTS = ("feature_extractor", "audio_processor")
+_MAKERS = ("__call__", "apply_chat_template", "apply_transcription_request")
+"""What a user calls to have sounds processed."""
+_PLAIN = "__smoothguard_unprotected__"
+"""An attribute of protected classes: what they were before."""
+_thread = threading.local()
+
+
+def protect(processor: Any) -> Any:
+    """Makes a processor carry the sounds it is given beside the features that it makes of them, and returns it.
+
+    What it gives then has an entry `smoothguard_clips`, which a defended `generate` needs and one without the override refuses; with
+    no defence asked for it is dropped. The processor stays what it is in all else, by its class too; protecting it again changes
+    nothing. Raises ConfigError for a processor without a feature extractor for sounds.
+    """
+    extractor = extractor_of(processor)
+    if extractor is None:
+        raise ConfigError(
+            f"{type(processor).__name__} has no feature extractor for sounds ({' or '.join(_PARTS)}); expected a model's whole "
+            "processor. One for pictures alone needs no protection"
+        )
+    for part, protected in ((extractor, _recording), (processor, _carrying)):
+        if not hasattr(type(part), _PLAIN):
+            part.__class__ = protected(type(part))  # type: ignore[arg-type]
+    return processor
+
+
+def is_protected(processor: Any) -> bool:
+    """Whether it carries sounds along."""
+    return hasattr(type(processor), _PLAIN)
+
+
+def hears(processor: Any) -> bool:
+    """Whether it is a processor with a feature extractor for sounds: one that can be protected."""
+    return extractor_of(processor) is not None
+
+
+def extractor_of(processor: Any) -> Any:
+    """The part that makes features of sounds; None where there is none."""
+    found = (getattr(processor, name, None) for name in _PARTS)
+    return next((part for part in found if hasattr(part, "sampling_rate") and callable(part)), None)
+
+
+# -- classes -----------------------------------------------------------------------------------------------------------
+
+
+def _posing_as(plain: Any, **methods: Any) -> type:
+    """A subclass that is saved, shown and looked up by the name of its parent."""
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        made, arguments, *state = plain.__reduce_ex__(self, protocol)
+        return (_unpickled, (plain,), *state) if arguments[0] is type(self) else (made, arguments, *state)
+
+    own = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    return type(plain.__name__, (plain,), {**own, "__reduce_ex__": __reduce_ex__, _PLAIN: plain, **methods})
+
+
+def _unpickled(plain: Any) -> Any:
+    made: Any = _carrying(plain) if hasattr(plain, "apply_chat_template") else _recording(plain)
+    return made.__new__(made)
+
+
+@functools.cache
+def _carrying(plain: type) -> type:
+    """A processor's class, whose outputs have the sounds beside their features."""
+    return _posing_as(plain, **{name: _maker(getattr(plain, name)) for name in _MAKERS if hasattr(plain, name)})
+
+
+@functools.cache
+def _recording(plain: type) -> type:
+    """An extractor's class, which notes what it is given within a call of its processor."""
+
+    original: Callable[..., Any] = plain.__call__  # type: ignore[operator]
+    first = list(inspect.signature(original).parameters)[1]
+
+    @functools.wraps(original)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        recorder = getattr(_thread, "recorder", None)
+        if recorder is None:
+            return original(self, *args, **kwargs)
+        given = dict(zip([first], args, strict=False)) | kwargs
+        clips = _separate(given.pop(first, None))
+        made = original(self, *args, **kwargs)
+        recorder.note(self, clips, args[1:], given, made)
+        return made
+
+    return _posing_as(plain, __call__=__call__)
+
+
+def _maker(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def make(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(_thread, "recorder", None) is not None:  # within another of the same processor's
+            return original(self, *args, **kwargs)
+        recorder = _thread.recorder = _Recorder()
+        try:
+            made = original(self, *args, **kwargs)
+        finally:
+            _thread.recorder = None
+        recorder.attach(made, type(self).__name__)
+        return made
+
+    return make
+
+
+# -- one call ----------------------------------------------------------------------------------------------------------
+
+
+class _Recorder:
+    """The extractor's calls within one of its processor."""
+
+    def __init__(self) -> None:
+        self._extractor: Any = None
+        self._calls: list[Any] = []
+        self._name = ""
+        self._problem = ""
+
+    def note(
+        self, extractor: Any, clips: list[np.ndarray], args: tuple[Any, ...], kwargs: dict[str, Any], made: Any
+    ) -> None:
+        import torch
+
+        from lmms_smoothguard.inputs.carried import Extraction
+
+        self._extractor = extractor
+        self._name = next((name for name in extractor.model_input_names if name in made), "")
+        if not self._name or args:
+            self._problem = f"{type(extractor).__name__} was called in a way that is not known"
+            return
+        features = (
+            torch.as_tensor(np.asarray(made[self._name]))
+            if not hasattr(made[self._name], "detach")
+            else made[self._name]
+        )
+        heard = tuple(_heard(extractor, clip, kwargs) for clip in clips)
+        self._calls.append(Extraction(heard, dict(kwargs), features.detach().cpu()))
+
+    def attach(self, made: Any, maker: str) -> None:
+        """Puts the clips beside the features, where a call gave any."""
+        from lmms_smoothguard.inputs.carried import CLIPS, carried
+        from lmms_smoothguard.inputs.media import AUDIO_KEYS
+
+        if self._extractor is None or (not isinstance(made, Mapping) and not hasattr(made, "data")):
+            return
+        key = next((key for key in AUDIO_KEYS if made.get(key) is not None), None)
+        if key is None:
+            return
+        found = carried(self._extractor, self._calls, key, self._name, made[key], maker, self._problem)
+        made[CLIPS] = found
+
+
+def _separate(sounds: Any) -> list[np.ndarray]:
+    """What an extractor takes for sounds: one, or several of them. Raises UndefendableError for several channels of one."""
+    if hasattr(sounds, "detach"):
+        sounds = sounds.detach().cpu().numpy()
+    if isinstance(sounds, np.ndarray):
+        sounds = [sounds] if sounds.ndim < 2 else list(sounds)
+    elif sounds is not None and len(sounds) and not np.ndim(sounds[0]):
+        sounds = [sounds]  # samples as plain numbers
+    found = [np.asarray(one.detach().cpu() if hasattr(one, "detach") else one, np.float32) for one in sounds or []]
+    for number, one in enumerate(found, 1):
+        if one.ndim != 1:
+            raise UndefendableError(
+                f"sound {number} has the shape {one.shape}; expected (samples,), one channel. Mix channels down: sound.mean(0)"
+            )
+    return found
+
+
+def _heard(extractor: Any, clip: np.ndarray, options: Mapping[str, Any]) -> np.ndarray:
+    """As much of a clip as its features are made of: extractors of windows of set length drop the rest in silence."""
+    longest = getattr(extractor, "n_samples", None)
+    if longest is None or options.get("max_length") or not options.get("truncation", True):
+        return clip
+    if len(clip) > longest:
+        log.warning(
+            "a sound of %.1f seconds is cut to the %.1f that its model hears",
+            len(clip) / extractor.sampling_rate,
+            longest / extractor.sampling_rate,
+        )
+    return clip[:longest]

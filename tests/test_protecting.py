@@ -1,0 +1,322 @@
+"""Processors that carry sounds along: what they give, who takes it, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import COVERED
+from tiny_models.sounds import audioflamingo3, qwen2_audio
+from tiny_models.subject import SETTINGS
+from transformers import Qwen2AudioProcessor, WhisperFeatureExtractor
+
+import hf_integration
+from hf_integration.protecting import hears, is_protected, protect
+from lmms_smoothguard.config import SmoothGuardConfig
+from lmms_smoothguard.errors import ConfigError, UndefendableError
+from lmms_smoothguard.inputs.carried import CLIPS
+from lmms_smoothguard.inputs.media import find_images, find_media
+from lmms_smoothguard.noise import WaveformNoise, draw_waveform_noise
+
+RATE = 16000
+DEFENSE = {"audio_sigma": 0.3, "num_samples": 4}
+
+
+def clip(seed: int, seconds: float = 1.0) -> np.ndarray:
+    return (0.1 * np.random.default_rng(seed).standard_normal(int(seconds * RATE))).astype(np.float32)
+
+
+def ask(processor, clips, **options):
+    given = {"sampling_rate": RATE, "padding": True, "return_tensors": "pt"} | options
+    text = "<|audio_bos|><|AUDIO|><|audio_eos|>" * len(clips)
+    return processor(text=f"<s>USER: {text} What is it? ASSISTANT:", audio=clips or None, **given)
+
+
+@functools.cache
+def built():
+    model, processor = qwen2_audio()
+    hf_integration.attach(model, processor)
+    return model, processor
+
+
+@pytest.fixture
+def plain():
+    model, processor = built()
+    return model, copy.deepcopy(processor)
+
+
+@pytest.fixture
+def guarded(plain):
+    model, processor = plain
+    return model, protect(processor)
+
+
+def test_features_are_those_of_the_processor_unprotected(plain):
+    _, processor = plain
+    before = ask(processor, [clip(1), clip(2, 0.5)])
+    after = ask(protect(processor), [clip(1), clip(2, 0.5)])
+    assert set(after) - set(before) == {CLIPS}
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert [len(one) for one in after[CLIPS].clips] == [RATE, RATE // 2]
+
+
+def test_a_protected_processor_is_what_it_was(plain, tmp_path):
+    _, processor = plain
+    protect(processor)
+    assert isinstance(processor, Qwen2AudioProcessor) and isinstance(
+        processor.feature_extractor, WhisperFeatureExtractor
+    )
+    assert type(processor).__name__ == "Qwen2AudioProcessor"
+    processor.save_pretrained(tmp_path)
+    again = Qwen2AudioProcessor.from_pretrained(tmp_path)
+    assert not is_protected(again)
+    assert again.to_dict() == built()[1].to_dict() | {"processor_class": "Qwen2AudioProcessor"}
+    for made in (pickle.loads(pickle.dumps(processor)), copy.deepcopy(processor)):
+        assert is_protected(made) and CLIPS in ask(made, [clip(1)])
+
+
+def test_protecting_twice_changes_nothing(guarded):
+    _, processor = guarded
+    once = type(processor), type(processor.feature_extractor)
+    assert protect(processor) is processor
+    assert (type(processor), type(processor.feature_extractor)) == once
+    assert len(ask(processor, [clip(1)])[CLIPS]) == 1
+
+
+def test_other_processors_of_the_class_stay_as_they_are(guarded):
+    assert CLIPS not in ask(built()[1], [clip(1)])
+
+
+def test_text_alone_carries_nothing(guarded):
+    model, processor = guarded
+    inputs = ask(processor, [])
+    assert CLIPS not in inputs
+    assert find_media(inputs, model.config) is None
+
+
+def test_only_processors_of_sounds_are_protected():
+    _, processor = COVERED["llava"].build()
+    assert not hears(processor)
+    with pytest.raises(ConfigError, match="no feature extractor for sounds"):
+        protect(processor)
+
+
+def test_clips_reach_the_device_and_precision_of_the_model(guarded):
+    model, processor = guarded
+    inputs = ask(processor, [clip(1)]).to("cpu", torch.bfloat16)
+    sounds = find_media(inputs, model.config).sounds
+    noisy = WaveformNoise(sounds, sigma=0.1, snr=None, seed=0).copies([1, 2])
+    assert [one.dtype for one in noisy] == [torch.bfloat16] * 2
+    assert all(one.shape == inputs["input_features"].shape for one in noisy)
+
+
+# -- who takes it ------------------------------------------------------------------------------------------------------
+
+
+def test_a_generate_without_the_override_refuses_the_clips(guarded):
+    model, processor = guarded
+    inputs = ask(processor, [clip(1)])
+    hf_integration.disable()
+    try:
+        with pytest.raises(ValueError, match=CLIPS):
+            model.generate(**inputs, **SETTINGS)
+    finally:
+        hf_integration.enable()
+
+
+@pytest.mark.parametrize("asked", [{}, {"smoothguard": False}])
+def test_without_a_defence_the_answer_is_the_plain_one(plain, asked):
+    model, processor = plain
+    expected = model.generate(**ask(processor, [clip(1)]), **SETTINGS)
+    assert torch.equal(model.generate(**ask(protect(processor), [clip(1)]), **SETTINGS, **asked), expected)
+
+
+def test_token_level_and_early_stop_take_sounds(guarded):
+    model, processor = guarded
+    inputs = ask(processor, [clip(1)])
+    whole = model.generate(**inputs, **SETTINGS, smoothguard=DEFENSE)
+    stopped = model.generate(**inputs, **SETTINGS, smoothguard=DEFENSE | {"early_stop": "exact"})
+    assert torch.equal(whole, stopped)
+    agreed = model.generate(
+        **inputs, **SETTINGS, smoothguard=DEFENSE | {"level": "token"}, return_dict_in_generate=True
+    )
+    assert agreed.smoothguard[0].num_samples_used == 4
+
+
+def test_small_batches_of_copies_give_the_answers_of_one_large_one(guarded):
+    model, processor = guarded
+    inputs = ask(processor, [clip(1)])
+    told = {"return_dict_in_generate": True, **SETTINGS}
+    whole = model.generate(**inputs, **told, smoothguard=DEFENSE)
+    parts = model.generate(**inputs, **told, smoothguard=DEFENSE | {"max_copies_per_batch": 1})
+    assert whole.smoothguard[0].candidates == parts.smoothguard[0].candidates
+
+
+def test_a_rows_noise_hangs_on_no_neighbour(guarded):
+    model, processor = guarded
+    prompt = "<s>USER: <|audio_bos|><|AUDIO|><|audio_eos|> What is it? ASSISTANT:"
+    given = {"sampling_rate": RATE, "padding": True, "return_tensors": "pt"}
+    together = processor(text=[prompt, prompt], audio=[clip(1), clip(2)], **given)
+    alone = processor(text=[prompt], audio=[clip(2)], **given)
+    noise = [
+        WaveformNoise(find_media(one, model.config).sounds, sigma=0.1, snr=None, seed=3).clips(1)[-1]
+        for one in (together, alone)
+    ]
+    assert np.array_equal(*noise)
+
+
+# -- the noise ---------------------------------------------------------------------------------------------------------
+
+
+def sounds_of(guarded, *clips):
+    model, processor = guarded
+    return find_media(ask(processor, list(clips)), model.config).sounds
+
+
+def test_noise_has_the_amplitude_asked_for(guarded):
+    noise = WaveformNoise(sounds_of(guarded, clip(1)), sigma=0.05, snr=None, seed=0)
+    offsets = np.stack([noise.clips(number)[0] - clip(1) for number in range(1, 9)])
+    assert offsets.std() == pytest.approx(0.05, rel=0.01)
+    assert abs(np.corrcoef(offsets)[np.triu_indices(8, 1)]).max() < 0.05, "copies share their noise"
+
+
+def test_noise_stands_the_asked_decibels_below_each_clip(guarded):
+    quiet, loud = clip(1), 5 * clip(2)
+    noise = WaveformNoise(sounds_of(guarded, quiet, loud), sigma=9.0, snr=20.0, seed=0)
+    for clean, noisy in zip((quiet, loud), noise.clips(1), strict=True):
+        ratio = np.mean(clean**2) / np.mean((noisy - clean) ** 2)
+        assert 10 * np.log10(ratio) == pytest.approx(20, abs=0.2)
+
+
+def test_equal_clips_of_a_row_have_noise_of_their_own(guarded):
+    first, second = WaveformNoise(sounds_of(guarded, clip(1), clip(1)), sigma=0.1, snr=None, seed=0).clips(1)
+    assert not np.array_equal(first, second)
+
+
+def test_an_attackers_draws_are_of_the_same_noise(guarded):
+    clips = torch.from_numpy(np.stack([clip(1), clip(2)])).requires_grad_()
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    noisy = draw_waveform_noise(clips, generators, SmoothGuardConfig(audio_sigma=0.05))
+    assert float((noisy - clips).detach().std()) == pytest.approx(0.05, rel=0.02)
+    noisy.sum().backward()
+    assert torch.equal(clips.grad, torch.ones_like(clips))
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def refused(guarded, inputs, words, **asked):
+    model, _ = guarded
+    with pytest.raises(UndefendableError, match=words):
+        model.generate(**inputs, **SETTINGS, smoothguard=DEFENSE | asked)
+
+
+def test_features_without_their_clips_are_refused(guarded):
+    inputs = dict(ask(guarded[1], [clip(1)]))
+    del inputs[CLIPS]
+    refused(guarded, inputs, r"hf_integration.protect\(processor\)")
+
+
+def test_features_of_other_clips_are_refused(guarded):
+    inputs = ask(guarded[1], [clip(1)])
+    inputs["input_features"] = ask(guarded[1], [clip(2)])["input_features"]
+    refused(guarded, inputs, "not what its clips gave")
+
+
+def test_clips_without_features_are_refused(guarded):
+    inputs = dict(ask(guarded[1], [clip(1)]))
+    del inputs["input_features"]
+    refused(guarded, inputs, "came without features")
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "words"),
+    [
+        (np.full(RATE, np.nan, np.float32), "NaN or Inf"),
+        (np.zeros(0, np.float32), "empty"),
+        ((clip(1) * 32768).astype(np.int16), "full scale 1"),
+    ],
+    ids=["nan", "empty", "16-bit"],
+)
+def test_clips_that_no_noise_can_be_added_to_are_refused(guarded, spoilt, words):
+    refused(guarded, ask(guarded[1], [spoilt]), words)
+
+
+def test_silence_has_no_noise_below_its_power(guarded):
+    inputs = ask(guarded[1], [np.zeros(RATE, np.float32)])
+    refused(guarded, inputs, "silent", audio_snr=20.0)
+    guarded[0].generate(**inputs, **SETTINGS, smoothguard=DEFENSE)  # noise of a set amplitude is noise
+
+
+def test_another_sampling_rate_and_several_channels_are_refused(guarded):
+    with pytest.raises(ValueError, match="sampling rate"):
+        ask(guarded[1], [clip(1)], sampling_rate=44100)
+    with pytest.raises(UndefendableError, match="one channel"):
+        ask(guarded[1], [np.stack([clip(1), clip(2)])])
+
+
+def test_a_failed_call_leaves_nothing_behind(guarded):
+    with pytest.raises(ValueError, match="sampling rate"):
+        ask(guarded[1], [clip(1)], sampling_rate=44100)
+    assert len(ask(guarded[1], [clip(2)])[CLIPS]) == 1
+
+
+def test_what_the_model_does_not_hear_gets_no_noise_and_is_said(guarded, caplog):
+    carried = ask(guarded[1], [clip(1, 60.0)])[CLIPS]
+    assert [len(one) for one in carried.clips] == [2 * RATE]
+    assert "60.0 seconds is cut to the 2.0" in caplog.text
+    noisy = WaveformNoise(
+        find_media(ask(guarded[1], [clip(1, 60.0)]), guarded[0].config).sounds, sigma=0.1, snr=None, seed=0
+    )
+    assert noisy.copies([1])[0].shape == carried.features.shape
+
+
+def test_a_long_clip_in_windows_is_noised_in_all_of_them():
+    model, processor = audioflamingo3()
+    inputs = protect(processor)(
+        text=["<s>USER: <sound> What is it? ASSISTANT:"], audio=[clip(1, 5.0)], sampling_rate=RATE, return_tensors="pt"
+    )
+    sounds = find_media(inputs, model.config).sounds
+    noise = WaveformNoise(sounds, sigma=0.1, snr=None, seed=0)
+    assert [len(one) for one in noise.clips(1)] == [2 * RATE, 2 * RATE, RATE]
+    changed = noise.copies([1])[0] != sounds.values
+    assert changed.flatten(1).float().mean(1).min() > 0.3
+
+
+def test_a_defence_for_pictures_refuses_sounds(guarded):
+    inputs = ask(guarded[1], [clip(1)])
+    with pytest.raises(UndefendableError, match="acts on pictures alone"):
+        find_images(inputs, guarded[0].config)
+    with pytest.raises(UndefendableError, match="acts on pictures alone"):
+        guarded[0].generate(**inputs, **SETTINGS, smoothguard={"defense": "feature_smoothing"})
+
+
+def test_a_video_with_its_sound_is_refused(guarded):
+    inputs = {**ask(guarded[1], [clip(1)]), "pixel_values_videos": torch.rand(1, 2, 3, 4, 4)}
+    refused(guarded, inputs, "is video")
+
+
+def test_what_the_processor_gives_as_lists_is_refused(guarded):
+    _, processor = guarded
+    made = processor.feature_extractor([clip(1)], sampling_rate=RATE, return_tensors="np")
+    inputs = {**ask(processor, [clip(1)]), "input_features": list(made["input_features"])}
+    refused(guarded, inputs, "is a list")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("audio_sigma", -0.1, "audio_sigma is -0.1"),
+        ("audio_sigma", 2, "full scale 1"),
+        ("audio_sigma", "loud", "expected a number such as 0.02"),
+        ("audio_snr", float("nan"), "audio_snr is nan"),
+        ("audio_snr", 500, "in dB"),
+    ],
+)
+def test_settings_of_noise_on_sounds_are_checked(field, value, words):
+    with pytest.raises(ConfigError, match=words):
+        SmoothGuardConfig(**{field: value})
