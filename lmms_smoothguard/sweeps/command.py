@@ -35,12 +35,16 @@ def sweep(
     sigma: Annotated[
         str, typer.Option(rich_help_panel=_GRID, help="0 is the undefended model.")
     ] = "0,0.05,0.1,0.2,0.3,0.5",
-    noise_space: Annotated[str, typer.Option(rich_help_panel=_GRID, help="pixel, normalized, or both.")] = "pixel",
+    noise_space: Annotated[
+        str, typer.Option(rich_help_panel=_GRID, help="Of pictures pixel, normalized; of sounds amplitude, snr (dB).")
+    ] = "pixel",
     num_samples: Annotated[str, typer.Option(rich_help_panel=_GRID, help="N, such as 1,5,10 or 1..10.")] = "1,2,3,5,10",
     attack: Annotated[
         str, typer.Option(rich_help_panel=_GRID, help="none, attacks, and attacks through the defence: pgd+eot8.")
     ] = "none,pgd",
-    eps: Annotated[str, typer.Option(rich_help_panel=_GRID, help="Budgets of the attacks.")] = "4/255",
+    eps: Annotated[
+        str, typer.Option(rich_help_panel=_GRID, help="Budgets of the attacks; 40dB below each sound.")
+    ] = "4/255",
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", rich_help_panel=_GRID, help="Of the attacks: --set steps=40; may be repeated."),
@@ -67,7 +71,8 @@ def sweep(
     vision_tower: shared.VisionTower = None,
     vision_tower_resolution: shared.VisionTowerResolution = "model",
     preset: Annotated[
-        str | None, typer.Option(rich_help_panel=_PRESET, help="readme: what the README shows, on the embedded model.")
+        str | None,
+        typer.Option(rich_help_panel=_PRESET, help="readme or audio: what the README shows, on the embedded models."),
     ] = None,
     only: Annotated[
         list[str] | None, typer.Option(rich_help_panel=_PRESET, help="Run this part again; may be repeated.")

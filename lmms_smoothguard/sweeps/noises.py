@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.errors import ConfigError, did_you_mean
@@ -39,11 +38,6 @@ def config_of(space: str, size: float, seed: int | None = 0) -> SmoothGuardConfi
     if space == "snr":
         return SmoothGuardConfig(audio_snr=size, seed=seed)
     raise ConfigError(f"noise space is {space!r}; {did_you_mean(space, (*PICTURES, *SOUNDS))}")
-
-
-def noise_of(defense: Mapping[str, Any], space: str) -> float:
-    """The size of a defence's noise, as result files have it, in the units of `space`."""
-    return float(defense[{"amplitude": "audio_sigma", "snr": "audio_snr"}.get(space, "sigma")])
 
 
 def titled(space: str, size: float) -> str:

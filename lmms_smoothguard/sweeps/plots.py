@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from lmms_smoothguard.evaluation.figures import Figure
 from lmms_smoothguard.sweeps.canvas import BLUE, GREY, VERMILLION, panels, style
 from lmms_smoothguard.sweeps.grid import CLEAN
+from lmms_smoothguard.sweeps.noises import UNITS
 from lmms_smoothguard.sweeps.records import PointRecord, SweepRecord
 
 _STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
@@ -31,7 +32,7 @@ class Line(NamedTuple):
 
 def sigma_figure(records: Sequence[SweepRecord]) -> Any:
     """Accuracy and ASR against sigma, standard attacks beside adaptive ones, a row a noise space; None for one sigma only."""
-    spaces = sorted({p.defense["noise_space"] for r in records for p in r.points if p.defense}, reverse=True)
+    spaces = sorted({p.space for r in records for p in r.points if p.defense}, reverse=True)
     attacked = [
         (space, adaptive) for space in spaces for adaptive in (False, True) if _lines(records, space, "asr", adaptive)
     ]
@@ -60,7 +61,7 @@ def _sigma_panel(axis: Any, records: Sequence[SweepRecord], space: str, adaptive
     for number, line in enumerate(asr):
         _draw(axis, line, VERMILLION, _STYLES[number % 4], f"ASR, {line.task} (n = {line.asked})")
     axis.set_title("adaptive attack (EOT over the noise)" if adaptive else "standard attack")
-    axis.set_xlabel(f"sigma, {'[0, 1] pixels' if space == 'pixel' else 'normalised units'} (0: undefended)")
+    axis.set_xlabel(f"{'noise' if space == 'snr' else 'sigma'}, {UNITS[space]} (0: undefended)")
     axis.set_ylim(-3, 103)
     axis.set_xticks(sorted({sigma for line in asr for sigma, _ in line.places}))
     axis.xaxis.set_major_formatter(lambda sigma, _: f"{sigma:g}")
@@ -97,11 +98,11 @@ def _lines(records: Sequence[SweepRecord], space: str, name: str, adaptive: bool
 
 
 def _sigma(point: PointRecord) -> float:
-    return 0.0 if point.defense is None else float(point.defense["sigma"])
+    return point.size
 
 
 def _in(point: PointRecord, space: str) -> bool:
-    return point.defense is None or point.defense["noise_space"] == space
+    return point.defense is None or point.space == space
 
 
 # -- utility, robustness, cost -----------------------------------------------------------------------------------------
@@ -135,7 +136,7 @@ def trades(records: Sequence[SweepRecord], task: str) -> list[Trade]:
             if asr is None or clean is None or asr.value is None or clean.value is None or point.name in made:
                 continue
             copies = 1 if point.defense is None else int(point.defense["num_samples"])
-            space = "" if point.defense is None else str(point.defense["noise_space"])
+            space = point.space
             made[point.name] = Trade(point.name, 100 * clean.value, 100 * (1 - asr.value), copies, _sigma(point), space)
     return list(made.values())
 

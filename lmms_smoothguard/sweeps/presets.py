@@ -1,4 +1,4 @@
-"""The sweeps behind the README's figure and tables: fixed beforehand, one result file each."""
+"""The sweeps behind the README's figures and tables: fixed beforehand, one result file each."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lmms_smoothguard.errors import SmoothGuardError, did_you_mean
+from lmms_smoothguard.subject import EMBEDDED
 from lmms_smoothguard.sweeps.grid import Grid, conditions
 
 log = logging.getLogger(__name__)
@@ -31,13 +32,14 @@ _EVERY_VOTE: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Part:
-    """One sweep on the embedded model: its result file's name, its task of lmms-eval, and how many questions of that."""
+    """One sweep on an embedded model: its result file's name, its task of lmms-eval, and how many questions of that."""
 
     name: str
     task: str
     limit: int
     grid: Grid
     about: str
+    model: str = EMBEDDED
 
 
 def _part(
@@ -47,10 +49,25 @@ def _part(
     about: str,
     attacks: Sequence[str],
     eps: Sequence[str] = ("4/255",),
+    model: str = EMBEDDED,
     **fields: Any,
 ) -> Part:
     asked = conditions(attacks, eps, {"steps": "40"})
-    return Part(name, task, limit, Grid(conditions=asked, **fields), about)
+    return Part(name, task, limit, Grid(conditions=asked, **fields), about, model)
+
+
+def _heard(
+    name: str,
+    task: str,
+    limit: int,
+    about: str,
+    attacks: Sequence[str],
+    eps: Sequence[str] = ("0.001",),
+    **fields: Any,
+) -> Part:
+    """One on the embedded model that hears; noise is of the waveform."""
+    given = {"noise_spaces": ("amplitude",), **fields}
+    return _part(name, task, limit, about, attacks, eps, "tiny-audio", **given)
 
 
 _EPS = ("2/255", "4/255", "8/255", "16/255")
@@ -65,7 +82,23 @@ README = (
     _part("sweep_captions", "shapes_caption", 100, "votes on sentences", _STANDARD, **_EVERY_VOTE),
     _part("sweep_captions_eot", "shapes_caption", 100, "votes on sentences, adaptive attack", _ADAPTIVE, **_EVERY_VOTE),
 )  # fmt: skip
-PRESETS = {"readme": README}
+_ROOMS = ("0.0005", "0.001", "0.002", "0.005", "0.01", "0.02", "40dB", "30dB", "20dB")
+_HEARD_VOTE = {**_EVERY_VOTE, "sigmas": (0.02,), "clean_copy": (True,), "num_samples": (10,)}
+AUDIO = (
+    _heard("audio_sigma", "sounds_pope", 300, "noise and copies, sounds", _STANDARD,
+           sigmas=(0.0, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08), num_samples=(1, 2, 3, 5, 10)),
+    _heard("audio_snr", "sounds_pope", 150, "noise below each sound's own power", _STANDARD, noise_spaces=("snr",),
+           sigmas=(0.0, 40.0, 30.0, 20.0, 10.0, 5.0)),
+    _heard("audio_captions", "sounds_caption", 100, "votes on sentences about sounds", _STANDARD, **_HEARD_VOTE),
+    _heard("audio_votes", "sounds_pope", 150, "votes on yes / no questions about sounds", _STANDARD, **_HEARD_VOTE),
+    _heard("audio_eps", "sounds_pope", 100, "budgets, sounds", ("pgd",), _ROOMS, sigmas=(0.0, 0.02)),
+    _heard("audio_sigma_eot", "sounds_pope", 40, "noise and copies, sounds, adaptive attack", _ADAPTIVE,
+           sigmas=(0.0, 0.005, 0.02, 0.08), num_samples=(1, 2, 3, 5, 10)),
+    _heard("audio_eps_eot", "sounds_pope", 30, "budgets, sounds, adaptive attack", _ADAPTIVE, _ROOMS, sigmas=(0.0, 0.02)),
+    _heard("audio_captions_eot", "sounds_caption", 30, "votes on sentences about sounds, adaptive attack", _ADAPTIVE,
+           **_HEARD_VOTE),
+)  # fmt: skip
+PRESETS = {"readme": README, "audio": AUDIO}
 
 
 def parts_of(preset: str, only: Sequence[str] = ()) -> tuple[Part, ...]:
@@ -89,7 +122,7 @@ def run_preset(
     from lmms_smoothguard.evaluation.records import write_with_samples
     from lmms_smoothguard.harness.questions import find_questions
     from lmms_smoothguard.processes import Processes
-    from lmms_smoothguard.subject import EMBEDDED, Subject
+    from lmms_smoothguard.subject import Subject
     from lmms_smoothguard.sweeps.session import sweep
 
     asked = parts_of(preset, only)
@@ -105,13 +138,14 @@ def run_preset(
     if not todo:
         return []
     processes = Processes()
-    subject, made = Subject(EMBEDDED, processes.device(None)), []
+    subjects = {part.model: Subject(part.model, processes.device(None)) for part in todo}
+    made = []
     for part in todo:
         started = time.perf_counter()
         with processes.main_first():
             questions = find_questions(part.task, limit=min(part.limit, limit or part.limit))
         swept = sweep(
-            subject,
+            subjects[part.model],
             questions,
             _with_models(part.grid),
             cache,

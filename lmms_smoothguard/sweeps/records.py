@@ -26,7 +26,7 @@ KIND = "sweep"
 class PointRecord:
     """One defence (None: undefended) and its figures by task and name.
 
-    majority_first: whether an answer that more than half of the copies share won without asking the aggregator; main:
+    noise: its size and its units, see `sweeps.noises`; None in files from before there were sounds. majority_first: whether an answer that more than half of the copies share won without asking the aggregator; main:
     whether its samples are in the table.
     """
 
@@ -36,6 +36,21 @@ class PointRecord:
     figures: dict[str, dict[str, Figure]]
     majority_first: bool = True
     main: bool = True
+    noise: tuple[str, float] | None = None
+
+    @property
+    def space(self) -> str:
+        """The units of its noise; empty where there is none."""
+        if self.defense is None:
+            return ""
+        return str(self.defense["noise_space"]) if self.noise is None else self.noise[0]
+
+    @property
+    def size(self) -> float:
+        """Of its noise; 0 where there is none."""
+        if self.defense is None:
+            return 0.0
+        return float(self.defense["sigma"]) if self.noise is None else self.noise[1]
 
 
 @dataclass(frozen=True, kw_only=True)

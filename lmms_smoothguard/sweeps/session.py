@@ -108,6 +108,7 @@ def _points(grid: Grid, answers: Answers, replay: Replay, run: str) -> tuple[lis
                 figures=figures,
                 majority_first=point.majority_first,
                 main=point.main,
+                noise=None if point.config is None else point.noise,
             )
         )
     return points, kept

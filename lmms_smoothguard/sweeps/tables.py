@@ -37,19 +37,18 @@ def sigma_table(standard: SweepRecord, adaptive: SweepRecord | None) -> str:
     attacked = next(task for task, stored in standard.tasks.items() if stored.attack is not None)
     adapted = {} if adaptive is None else _by_name(adaptive)
     eot = None if adaptive is None else next(iter(adaptive.tasks))
+    none = "undefended" if _space(standard) == "snr" else "0 (undefended)"
     rows = []
     for point in (p for p in standard.points if p.main):
         twin = adapted.get(point.name)
         asr = None if adaptive is None or twin is None or eot is None else adaptive.figure(twin, eot, "asr")
         rows.append([
-            "0 (undefended)" if point.defense is None else f"{point.defense['sigma']:g}",
+            f"{point.size:g}" if point.defense is not None else none,
             rate(standard.figure(point, CLEAN, "accuracy")),
             rate(standard.figure(point, attacked, "asr")),
             rate(asr),
         ])  # fmt: skip
-    return markdown(
-        [f"sigma ({_space(standard)})", "clean accuracy", f"ASR, {attacked}", f"ASR, {eot or 'adaptive'}"], rows
-    )
+    return markdown([_axis(_space(standard)), "clean accuracy", f"ASR, {attacked}", f"ASR, {eot or 'adaptive'}"], rows)
 
 
 def votes_table(
@@ -185,11 +184,15 @@ def _by_name(record: SweepRecord) -> Mapping[str, PointRecord]:
 
 
 def _space(record: SweepRecord) -> str:
-    return next(str(p.defense["noise_space"]) for p in record.points if p.defense is not None)
+    return next(p.space for p in record.points if p.defense is not None)
 
 
-def _budget(attack: Any) -> tuple[Any, Any]:
-    return attack.settings["norm"], attack.settings["eps"]
+def _axis(space: str) -> str:
+    return "noise, dB below the sound" if space == "snr" else f"sigma ({space})"
+
+
+def _budget(attack: Any) -> tuple[Any, ...]:
+    return attack.settings["norm"], attack.settings.get("eps"), attack.settings.get("snr")
 
 
 def _ways(points: Sequence[PointRecord]) -> str:
