@@ -49,6 +49,7 @@ _WATCHED = (
     "transformers.generation.utils",
     "transformers.modeling_utils",
 )  # the second for models without the first's mixin
+_PIPELINES = "transformers.pipelines.base"
 _waiting: list[object] = []
 _enabled = False
 
@@ -59,6 +60,7 @@ def enable() -> None:
     if not _enabled:
         _enabled = True
         _waiting.extend(late_import.when_imported(module, _install) for module in _WATCHED)
+        _waiting.append(late_import.when_imported(_PIPELINES, _install_in_pipelines))
 
 
 def disable() -> None:
@@ -71,6 +73,8 @@ def disable() -> None:
         override = importlib.import_module("hf_integration.override") if _loaded() else None
         if override is not None:
             override.uninstall()
+        if "hf_integration.pipelines" in sys.modules:
+            importlib.import_module("hf_integration.pipelines").uninstall()
 
 
 def enabled(model: Any = None) -> bool:
@@ -102,6 +106,10 @@ def _install(utils: ModuleType) -> None:
     override = importlib.import_module("hf_integration.override")
     if hasattr(override, "install"):  # else it is what is importing transformers, and installs itself when it is done
         override.install()
+
+
+def _install_in_pipelines(base: ModuleType) -> None:
+    importlib.import_module("hf_integration.pipelines").install(base)
 
 
 def __getattr__(name: str) -> Any:

@@ -42,6 +42,12 @@ def protect(processor: Any) -> Any:
     return processor
 
 
+def unprotect(processor: Any) -> None:
+    """Makes a processor, and its extractor, what they were."""
+    for part in (extractor_of(processor), processor):
+        part.__class__ = getattr(type(part), _PLAIN, type(part))
+
+
 def is_protected(processor: Any) -> bool:
     """Whether it carries sounds along."""
     return hasattr(type(processor), _PLAIN)

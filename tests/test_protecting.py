@@ -320,3 +320,33 @@ def test_what_the_processor_gives_as_lists_is_refused(guarded):
 def test_settings_of_noise_on_sounds_are_checked(field, value, words):
     with pytest.raises(ConfigError, match=words):
         SmoothGuardConfig(**{field: value})
+
+
+# -- where it is done for the user -------------------------------------------------------------------------------------
+
+
+def test_a_pipelines_processor_is_protected_and_let_go_with_the_override():
+    from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration, pipeline
+
+    from lmms_smoothguard.tiny import place
+
+    model = Qwen2AudioForConditionalGeneration.from_pretrained(place("tiny-audio"))
+    processor = AutoProcessor.from_pretrained(place("tiny-audio"))
+    asked = [{"type": "audio", "audio": clip(1)}, {"type": "text", "text": "Is there a spoken three in the recording?"}]
+    pipe = pipeline("any-to-any", model=model, processor=processor, device="cpu")
+
+    def answer():
+        return pipe(text=[{"role": "user", "content": asked}], max_new_tokens=8)[0]["generated_text"]
+
+    plain = answer()
+    model.generation_config.smoothguard = {"audio_sigma": 0.01, "num_samples": 3}
+    with hf_integration.observe() as seen:
+        answer()
+    assert seen.defended == 1
+    model.generation_config.smoothguard = None
+    hf_integration.disable()
+    try:
+        assert not is_protected(processor)
+        assert answer() == plain
+    finally:
+        hf_integration.enable()

@@ -12,14 +12,15 @@ import numpy as np
 from lmms_smoothguard.evaluation.rates import Rate
 from lmms_smoothguard.tiny import language as images
 from lmms_smoothguard.tiny.company import NEGATIVES
-from lmms_smoothguard.tiny.held_out import HeldOut, says
+from lmms_smoothguard.tiny.held_out import HeldOut, Row, says
 from lmms_smoothguard.tiny.sounds import language
-from lmms_smoothguard.tiny.sounds.clips import RATE
+from lmms_smoothguard.tiny.sounds.clips import OBJECTS, RATE
+from lmms_smoothguard.tiny.sounds.lessons import distractors
 from lmms_smoothguard.tiny.sounds.model import prompt
 from lmms_smoothguard.tiny.sounds.testsets import test_sets
 
 _BATCH = 70
-_NOISE_SEED = 17
+_NOISE_SEED, _CHOICE_SEED = 17, 18
 
 
 def answers(model: Any, processor: Any, questions: Sequence[str], sounds: np.ndarray) -> list[str]:
@@ -44,6 +45,35 @@ def noisy(sounds: np.ndarray, sigma: float) -> np.ndarray:
     return (sounds + noise).round().clip(-32768, 32767).astype(np.int16)
 
 
+def order_rows(captions: Sequence[Row]) -> list[Row]:
+    """Which of two sounds comes first, of every clip that has two; right and turned about in turn."""
+    rows: list[Row] = []
+    for row in captions:
+        objects = _objects(row)
+        if len(objects) > 1:
+            turned = len(rows) % 2 == 1
+            pair = (objects[1], objects[0]) if turned else (objects[0], objects[1])
+            rows.append(row | {"question": language.order_question(*pair), "answer": "no" if turned else "yes"})
+    return rows
+
+
+def choice_rows(captions: Sequence[Row]) -> list[Row]:
+    """Each clip's caption among one or two wrong ones, by number."""
+    rng = np.random.default_rng(_CHOICE_SEED)
+    rows: list[Row] = []
+    for row in captions:
+        objects = _objects(row)
+        listed = [language.caption(o) for o in (objects, *distractors(objects, rng)[: int(rng.integers(1, 3))])]
+        order = rng.permutation(len(listed))
+        question = language.choice_question([listed[index] for index in order])
+        rows.append(row | {"question": question, "answer": str(int(np.flatnonzero(order == 0)[0]) + 1)})
+    return rows
+
+
+def _objects(row: Row) -> tuple[int, ...]:
+    return tuple(OBJECTS.index(name) for name in row["objects"].split(", "))
+
+
 def held_out_figures(directory: Path, say: Callable[[str], None] = lambda text: None) -> dict[str, Rate]:
     """Every figure of the model card by name."""
     from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
@@ -64,5 +94,7 @@ def held_out_figures(directory: Path, say: Callable[[str], None] = lambda text: 
     ask("captions exact", sets["caption"], says("caption"))
     ask("captions exact, one noisy copy, sigma 0.04", sets["caption"], says("caption"), 0.04)
     ask("sounds counted", [row | {"question": language.COUNT} for row in sets["caption"]], says("count"))
+    ask("order of two sounds", order_rows(sets["caption"]), says("answer"))
+    ask("captions chosen of two or three, by number", choice_rows(sets["caption"]), says("answer"))
     found.ask_for_help(sets["safety"])
     return found.figures

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lmms_smoothguard import progress
 from lmms_smoothguard.evaluation.rates import Rate
+from lmms_smoothguard.tiny.sounds.card import card
 from lmms_smoothguard.tiny.sounds.evaluate import held_out_figures
 from lmms_smoothguard.tiny.sounds.train import AudioTrainer, Recipe
 
@@ -40,12 +41,15 @@ def train(out: Path, seed: int = 0, scale: float = 1.0, checkpoint_every: int = 
     trainer.export(target)
     console.print("held-out figures")
     found = held_out_figures(target, say=console.print)
+    command = f"smoothguard train tiny-audio --seed {recipe.seed}"
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     record = {
-        "command": f"smoothguard train tiny-audio --seed {recipe.seed}",
+        "command": command,
         "recipe": dataclasses.asdict(recipe),
-        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "parameters": parameters,
         "figures": {name: value.figure().to_dict() for name, value in found.items()},
     }
     (target / "figures.json").write_text(json.dumps(record, indent=1) + "\n")
+    (target / "README.md").write_text(card(recipe, command, parameters, found))
     console.print(f"done: {target}")
     return found
