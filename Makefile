@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PARITY := .venv-parity
 # Files of tests go to as many processes as there are cores; within a file the models that it builds are shared.
 SHARED_OUT := -n auto --maxprocesses 8 --dist loadfile
-EXTRAS := lmms-eval,lm-eval,embedders,report,training,attack,booster,proxy,speech,dev
+EXTRAS := lmms-eval,lm-eval,embedders,report,training,attack,audio,booster,proxy,speech,dev
 
 .PHONY: demo test test-slow lint coverage results smoothing bench parity testsets clean
 

@@ -263,4 +263,4 @@ def test_both_tasks_clean_and_attacked_through_lmms_eval(tmp_path, sounds, monke
             assert any(np.array_equal(clip, sound_of(doc["audio_path"]).at(RATE).samples) for clip in calls)
         attacked = found["results"][f"compa_{kind}_pgd"]
         assert {"asr_count,none", "recovery,none", "attack_left_out,none", "compa_accuracy,none"} <= set(attacked)
-        assert all(0 < info["attack_linf"] <= 0.0005 + 1e-6 for info in miniatures.infos(found, f"compa_{kind}_pgd"))
+        assert all(0 < info["attack_linf"] <= 0.001 + 1e-6 for info in miniatures.infos(found, f"compa_{kind}_pgd"))

@@ -31,7 +31,7 @@ TASKS = {
     "sounds_pope_eot", "sounds_caption_pgd", "sounds_caption_eot", "sounds_safety_pgd",
 }  # fmt: skip
 PICTURE = Image.new("RGB", (8, 8))
-EPS = 0.0005
+EPS = 0.001
 EAR = planning.Ear(RATE, LENGTH)
 
 
