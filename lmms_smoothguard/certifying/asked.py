@@ -27,7 +27,7 @@ class CertifyRun:
 
     model: a hub id, a directory or an embedded model; data: whatever `find_questions` takes, with split, limit, question and
     columns; what: features (each picture once), classes (of a dual encoder, each picture once) or answers (each question).
-    sigma: in [0, 1] pixel units at the model's resolution; n: draws that certify; n_select: separate draws that choose the answer,
+    sigma: in [0, 1] pixel units at the model's resolution, of answers about sounds in amplitude (full scale 1); n: draws that certify; n_select: separate draws that choose the answer,
     the class, or what `reference` "served" compares with; alpha: of each certificate; n0, beta: the draws of a served mean, and its
     own probability of error (None = alpha). radii, similarity: what the table asks about; booster, mapper: as in feature smoothing;
     classes, prompts: names (none = the labels of the data) and sentences with {} for them; match: when an answer is right;

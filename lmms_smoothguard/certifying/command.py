@@ -33,7 +33,9 @@ def certify(
             help="features of each picture, classes (of a dual encoder), or answers to each question.",
         ),
     ] = "features",
-    sigma: Annotated[float, typer.Option(rich_help_panel=_CERTIFICATE, help="In [0, 1] pixel units.")] = 0.25,
+    sigma: Annotated[
+        float, typer.Option(rich_help_panel=_CERTIFICATE, help="In [0, 1] pixel units; of sounds in amplitude.")
+    ] = 0.25,
     n0: Annotated[int, typer.Option(rich_help_panel=_CERTIFICATE, help="Draws of a served mean (features).")] = 32,
     n: Annotated[int, typer.Option("--n", rich_help_panel=_CERTIFICATE, help="Draws that certify.")] = 1000,
     n_select: Annotated[

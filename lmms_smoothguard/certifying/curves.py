@@ -69,6 +69,8 @@ def _quantile(values: list[float | None], share: float) -> float | None:
 def draw(record: CertificateRecord, directory: Path) -> list[Path]:
     """Writes certify.svg and certify.png. Raises SmoothGuardError where they cannot be drawn or written."""
     features = record.settings["certificate"]["what"] == FEATURES
+    heard = "noise_space" in record.settings["certificate"]
+    units = "amplitude of the waveform" if heard else "pixel units at the model's resolution"
     with style():
         figure, axes = panels(1, 2 if features else 1, 7.8 if features else 4.4, 3.7)
         radii = np.array(record.curves["radius"])
@@ -76,7 +78,7 @@ def draw(record: CertificateRecord, directory: Path) -> list[Path]:
             _fcsb_panel(axes[0][0], radii, record.curves)
         _share_panel(axes[0][-1], radii, record)
         for axis in axes[0]:
-            axis.set_xlabel("L2 radius, pixel units at the model's resolution")
+            axis.set_xlabel(f"L2 radius, {units}")
             axis.set_ylim(-0.03, 1.03)
             axis.set_xlim(0, radii[-1])
             _limit(axis, record.largest["0"])

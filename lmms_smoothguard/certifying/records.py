@@ -28,6 +28,13 @@ SCOPE = (
     "question, each at its own alpha"
 )
 
+AMPLITUDE = "amplitude"
+"""In a run's settings: that noise and radii are of waveforms."""
+SCOPE_OF_SOUNDS = (
+    "L2 norm of the waveforms the noise enters: amplitude (full scale 1) at the model's rate, all samples of a question's sounds; per "
+    "question, each at its own alpha"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CertificateRecord:
@@ -85,6 +92,7 @@ def finished(
         seeds={"noise": asked.seed, "bootstrap": asked.seed},
         versions=versions(),
         environment=machine(),
+        scope=SCOPE_OF_SOUNDS if "noise_space" in settings["certificate"] else SCOPE,
     )
     store.write(RECORD, written(CertificateRecord, record.to_dict(), RECORD).encode())
     store.write(TABLE, _table(records))

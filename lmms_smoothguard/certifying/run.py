@@ -13,7 +13,7 @@ import numpy as np
 from lmms_smoothguard.attacking.identity import versions as package_versions
 from lmms_smoothguard.attacking.store import Store
 from lmms_smoothguard.certifying.asked import ANSWERS, CLASSES, CertifyRun
-from lmms_smoothguard.certifying.records import CertificateRecord, finished
+from lmms_smoothguard.certifying.records import AMPLITUDE, CertificateRecord, finished
 from lmms_smoothguard.certifying.workers import AnswerWorker, ClassWorker, FeatureWorker, Worker
 from lmms_smoothguard.errors import ConfigError, did_you_mean
 from lmms_smoothguard.evaluation.questions import Questions
@@ -43,7 +43,8 @@ def run_certify(asked: CertifyRun, command: str) -> tuple[CertificateRecord, lis
     questions = find_questions(
         asked.data, split=asked.split, limit=asked.limit, question=_text(asked), columns=asked.columns
     )
-    questions.refuse_sounds("smoothguard certify")
+    if asked.what != ANSWERS:
+        questions.refuse_sounds(f"--what {asked.what}")
     numbers = _all(questions) if asked.what == ANSWERS else _pictures(questions)
     worker, identity = _prepared(asked, questions, numbers)
     settings = _settings(asked, questions, numbers, identity)
@@ -187,6 +188,7 @@ def _settings(
     }
     if asked.what == ANSWERS:
         kept |= {"n_select": asked.n_select, "match": asked.match}
+        kept |= {"noise_space": AMPLITUDE} if questions.heard else {}
     else:
         kept |= {"booster": None if asked.booster is None else plain_name(asked.booster), "mapper": asked.mapper}
         kept |= {"n_select": asked.n_select if asked.what == CLASSES or asked.reference != "clean" else 0}

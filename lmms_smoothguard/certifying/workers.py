@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -98,6 +98,16 @@ class ClassWorker:
         return largest_class_radius(self._asked.n, self._asked.alpha, self._asked.sigma, len(self._classes))
 
 
+def _noise(question: Question, sigma: float) -> dict[str, Any]:
+    """Fields of SmoothGuard for noise on the question's pictures, or on its sounds. Raises ConfigError where there are both: one
+    radius would be of neither."""
+    if question.images and question.sounds:
+        raise ConfigError(
+            f"question {question.id!r} has pictures and sounds; expected one of them, for a radius is in the units of its noise"
+        )
+    return {"audio_sigma": sigma} if question.sounds else {"sigma": sigma, "noise_space": "pixel"}
+
+
 class AnswerWorker:
     """Of the model's greedy answer to one question: SmoothGuard's own noisy copies, without the clean one, are its draws."""
 
@@ -106,8 +116,9 @@ class AnswerWorker:
 
     def certify(self, question: Question, digest: str) -> dict[str, Any]:
         asked, inputs = self._asked, self._subject.inputs(question)
-        chosen = self._answers(inputs, asked.n_select, seed_of(asked.seed, digest, "selection"))
-        fresh = self._answers(inputs, asked.n, seed_of(asked.seed, digest, "estimation"))
+        noise = _noise(question, asked.sigma)
+        chosen = self._answers(inputs, asked.n_select, seed_of(asked.seed, digest, "selection"), noise)
+        fresh = self._answers(inputs, asked.n, seed_of(asked.seed, digest, "estimation"), noise)
         found = certify_answer(chosen, fresh, sigma=asked.sigma, alpha=asked.alpha)
         selected = str(found.selected)
         clean = self._subject.answer(inputs, self._tokens).text
@@ -115,11 +126,11 @@ class AnswerWorker:
         right = None if not question.right else any(same(selected, text) for text in question.right)
         return {"certificate": found.to_dict(), "selected": selected, "right": right, "clean_answer": clean}
 
-    def _answers(self, inputs: Any, count: int, seed: int) -> list[str]:
+    def _answers(self, inputs: Any, count: int, seed: int, noise: Mapping[str, Any]) -> list[str]:
         """As the vote counts them: case, white space and a closing full stop make no other answer."""
         copies = choose({
-            "defense": "smoothguard", "num_samples": count, "include_clean": False, "sigma": self._asked.sigma,
-            "noise_space": "pixel", "aggregator": "vote", "seed": seed, "max_copies_per_batch": self._asked.batch_size,
+            "defense": "smoothguard", "num_samples": count, "include_clean": False, **noise,
+            "aggregator": "vote", "seed": seed, "max_copies_per_batch": self._asked.batch_size,
         })  # fmt: skip
         verdict = self._subject.answer(inputs, self._tokens, copies).verdict
         tokenizer = self._subject.tokenizer

@@ -114,6 +114,11 @@ class Questions(Sequence[Question]):
         """All questions without their pictures and sounds."""
         return self._words
 
+    @property
+    def heard(self) -> bool:
+        """Whether there are sounds in any of them."""
+        return bool(self._heard)
+
     def refuse_sounds(self, command: str) -> None:
         """Raises ConfigError where questions have sounds, for a command that is made for pictures."""
         if self._heard:

@@ -27,6 +27,7 @@ from lmms_smoothguard.files import replace_file
 from lmms_smoothguard.fingerprint import model_fingerprint
 from lmms_smoothguard.inputs.carried import CLIPS
 from lmms_smoothguard.inputs.fitting import all_known
+from lmms_smoothguard.inputs.media import Media
 from lmms_smoothguard.inputs.statistics import pixel_statistics
 from lmms_smoothguard.sweeps.noises import PICTURES, UNITS, Noise
 
@@ -115,11 +116,12 @@ class Answerer:
 
         Raises UndefendableError for a request that the defence could not act on either.
         """
+        media = _noisable(self._request(arguments), noise)
         key = self._key(arguments, noise)
         known = self._cache.get(key)
         missing = [number for number in range(1, count + 1) if number not in known]
         if missing:
-            known |= self._answer(arguments, noise, missing)
+            known |= self._answer(arguments, noise, media, missing)
             self.answered += len(missing)
             self._cache.put(key, known)
         return [known[number] for number in range(1, count + 1)]
@@ -130,17 +132,11 @@ class Answerer:
             return [" ".join(map(str, answer)) for answer in answers]
         return list(self._tokenizer.batch_decode([list(a) for a in answers], skip_special_tokens=True))
 
-    def _answer(self, arguments: Mapping[str, Any], noise: Noise, numbers: Sequence[int]) -> dict[int, Ids]:
+    def _answer(
+        self, arguments: Mapping[str, Any], noise: Noise, media: Media, numbers: Sequence[int]
+    ) -> dict[int, Ids]:
         request = self._request(arguments)
         request.check_supported()
-        media = request.media()
-        if media is None or (media.images if noise.space in PICTURES else media.sounds) is None:
-            what = "image" if noise.space in PICTURES else "sound"
-            raise UndefendableError(f"the request has no {what}; a sweep over noise in {UNITS[noise.space]} needs one")
-        if None not in media:
-            raise UndefendableError(
-                "the request has pictures and sounds; expected one of them, whose noise a sweep varies"
-            )
         copies, replies = Copies(request, noise.config, media), Replies(request, 1)
         size = self._largest or len(numbers)
         while left := numbers[replies.copies :]:
@@ -173,6 +169,18 @@ class Answerer:
     @functools.cached_property
     def _pixel_statistics(self) -> Any:
         return pixel_statistics(self._model, self._image_processor)
+
+
+def _noisable(request: Request, noise: Noise) -> Media:
+    """The request's media. Raises UndefendableError where such noise has no place, or only on some of them."""
+    media = request.media()
+    if media is None or (media.images if noise.space in PICTURES else media.sounds) is None:
+        what = "image" if noise.space in PICTURES else "sound"
+        raise UndefendableError(f"the request has no {what}; a sweep over noise in {UNITS[noise.space]} needs one")
+    if None not in media:
+        raise UndefendableError("the request has pictures and sounds; expected one of them, whose noise a sweep varies")
+
+    return media
 
 
 def _array(tensor: torch.Tensor) -> Any:
