@@ -116,3 +116,21 @@ def attack_crafter(trained, tmp_path):
         return Crafter(model, processor.image_processor, AttackCache(tmp_path / "crafted"), quiet=True, **kwargs)
 
     return make
+
+
+@pytest.fixture
+def poison_clean_copy(monkeypatch):
+    """Other pixels in the place of copy 0, as if the clean picture had been attacked so well that noise undoes it."""
+
+    def poison(pixels):
+        from lmms_smoothguard.defenses.copies import Copies
+
+        honest = Copies.__call__
+
+        def copies(self, numbers):
+            made = honest(self, numbers)
+            return [{"pixel_values": pixels} if number == 0 else one for number, one in zip(numbers, made, strict=True)]
+
+        monkeypatch.setattr(Copies, "__call__", copies)
+
+    return poison

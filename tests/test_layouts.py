@@ -246,7 +246,7 @@ def test_a_mixins_generate_before_transformers_own_is_defended():
         main_input_name = "input_ids"
 
     model = Both(LlamaConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=16))
-    with pytest.raises(UndefendableError, match="input_features is audio"):
+    with pytest.raises(UndefendableError, match="input_features came without the clips"):
         model.generate(
             input_ids=torch.ones(1, 2, dtype=torch.long), input_features=torch.rand(1, 4, 4), smoothguard=True
         )

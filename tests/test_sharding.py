@@ -308,7 +308,7 @@ def test_an_image_is_a_function_of_its_job_alone(trained, strangers, tmp_path, e
 
 def test_eot_draws_differ_between_samples_and_steps(trained, strangers, tmp_path, monkeypatch):
     """Two rows of a batch, two slots, two steps: every draw is another one, and none is the defence's own."""
-    from lmms_smoothguard import noise as module
+    from lmms_smoothguard.noise import randomness as module
 
     model, processor = trained
     drawn = []

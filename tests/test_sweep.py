@@ -488,7 +488,10 @@ def test_a_trade_s_accuracy_is_of_the_record_with_most_clean_questions(swept):
 def test_noise_in_other_units_has_lines_of_its_own(swept):
     record, _ = swept
     other = [
-        dataclasses.replace(p, name=p.name.replace("pixel", "normalized"), defense=p.defense | {"noise_space": "normalized"})
+        dataclasses.replace(
+            p, name=p.name.replace("pixel", "normalized"), defense=p.defense | {"noise_space": "normalized"},
+            noise=("normalized", p.size),
+        )
         for p in record.points
         if p.defense is not None
     ]  # fmt: skip

@@ -139,14 +139,11 @@ def test_without_noise_it_is_the_plain_answer(llava, batch, decoding):
     assert torch.equal(generate(model, inputs, smoothguard=TOKEN | {"sigma": 0.0}, **decoding).sequences, plain)
 
 
-def test_it_outvotes_a_poisoned_clean_copy(llava, batch, monkeypatch):
-    from lmms_smoothguard.defenses import smoothguard as method
-
+def test_it_outvotes_a_poisoned_clean_copy(llava, batch, poison_clean_copy):
     model, _ = llava
     inputs, other = batch(0, question=DESCRIBE), batch(1, question=DESCRIBE)
     right, wrong = (model.generate(**item, max_new_tokens=32) for item in (inputs, other))
-    honest = method._copy
-    monkeypatch.setattr(method, "_copy", lambda n, i, k, c: other["pixel_values"] if k == 0 else honest(n, i, k, c))
+    poison_clean_copy(other["pixel_values"])
     out = generate(model, inputs, smoothguard=TOKEN | {"sigma": 0.02})
     assert torch.equal(out.sequences, right)
     assert not torch.equal(right, wrong)

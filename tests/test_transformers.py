@@ -81,20 +81,12 @@ def test_without_noise_it_is_the_plain_answer(llava, batch):
     assert torch.equal(model.generate(**inputs, max_new_tokens=32, smoothguard={"sigma": 0.0}), plain)
 
 
-def test_it_wins_back_an_attacked_answer(llava, batch):
+def test_it_wins_back_an_attacked_answer(llava, batch, poison_clean_copy):
     """A poisoned clean copy is outvoted: copy 0 here is another picture than the noisy copies see."""
-    from lmms_smoothguard.defenses import smoothguard as method
-
     model, _ = llava
     inputs, other = batch(0, question="Describe the image."), batch(1, question="Describe the image.")
-    honest = method._copy
-    try:
-        method._copy = lambda noise, images, number, config: (
-            other["pixel_values"] if number == 0 else honest(noise, images, number, config)
-        )
-        verdict = verdicts(model, inputs, smoothguard=PIXEL | {"sigma": 0.02})[0]
-    finally:
-        method._copy = honest
+    poison_clean_copy(other["pixel_values"])
+    verdict = verdicts(model, inputs, smoothguard=PIXEL | {"sigma": 0.02})[0]
     assert verdict.suspected
     assert verdict.suspicion == 1.0
     assert verdict.chosen != 0
@@ -514,14 +506,11 @@ def test_observers_of_equal_content_are_told_apart(llava, batch):
     assert len(outer.verdicts) == 1
 
 
-def test_in_a_batch_each_row_gets_its_own_chosen_copy(llava, batch, monkeypatch):
+def test_in_a_batch_each_row_gets_its_own_chosen_copy(llava, batch, poison_clean_copy):
     """Poisoned clean copies, so that what is chosen is not copy 0, whose rows happen to come first."""
-    from lmms_smoothguard.defenses import smoothguard as method
-
     model, processor = llava
     inputs, others = (batch(*rows, question="Describe the image.") for rows in ((0, 1, 2), (3, 4, 5)))
-    honest = method._copy
-    monkeypatch.setattr(method, "_copy", lambda n, i, k, c: others["pixel_values"] if k == 0 else honest(n, i, k, c))
+    poison_clean_copy(others["pixel_values"])
     config = PIXEL | {"sigma": 0.02}
     out = model.generate(**inputs, max_new_tokens=32, smoothguard=config, return_dict_in_generate=True)
     prompt = inputs["input_ids"].shape[1]
