@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from lmms_smoothguard.errors import UndefendableError
+from lmms_smoothguard.inputs.arrangements import layout_of
 from lmms_smoothguard.inputs.layouts import ChannelsFirst, PackedPatches
-from lmms_smoothguard.inputs.media import find_images, layout_of
+from lmms_smoothguard.inputs.media import find_images
 from lmms_smoothguard.inputs.statistics import statistics_of
 from lmms_smoothguard.noise import NoiseSource
 

@@ -12,7 +12,8 @@ import torch
 
 from lmms_smoothguard.boosting.booster import Booster
 from lmms_smoothguard.errors import UndefendableError
-from lmms_smoothguard.inputs.media import Images, layout_of
+from lmms_smoothguard.inputs.arrangements import layout_of
+from lmms_smoothguard.inputs.media import Images
 from lmms_smoothguard.inputs.statistics import PixelStatistics
 from lmms_smoothguard.inputs.tiling import tile
 from lmms_smoothguard.smoothing.features import Mean, normalized, walk
