@@ -8,7 +8,7 @@ PARITY := .venv-parity
 SHARED_OUT := -n auto --maxprocesses 8 --dist loadfile
 EXTRAS := lmms-eval,lm-eval,embedders,report,training,attack,audio,booster,proxy,speech,dev
 
-.PHONY: demo test test-slow lint coverage results smoothing bench parity testsets clean
+.PHONY: demo test test-slow lint coverage results sounds smoothing bench parity testsets clean
 
 demo: $(INSTALLED)
 	$(BIN)/smoothguard demo
@@ -33,6 +33,11 @@ results: $(INSTALLED)
 	$(BIN)/python benchmarks/sweep_pages.py
 	$(BIN)/python benchmarks/smoothing_pages.py
 	$(BIN)/python benchmarks/readme_tables.py
+
+# The tables of docs/sounds.md: an hour on two cores, where none of their result files are there.
+sounds: $(INSTALLED)
+	$(BIN)/smoothguard sweep --preset audio --out benchmarks/results --cache runs/results/cache
+	$(BIN)/python benchmarks/sound_pages.py
 
 # The table of feature smoothing, its certificates and their curves: hours on two cores, where none of its result files are there.
 smoothing: $(INSTALLED)

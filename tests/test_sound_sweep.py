@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -67,7 +71,7 @@ def test_a_sweep_over_noise_on_sounds(subject, questions, tmp_path):
     assert {(p.space, p.size) for p in record.points[1:]} == {("amplitude", 0.02), ("amplitude", 0.5)}
     asr = {p.size: record.figure(p, "pgd 0.002", "asr").value for p in record.points if p.main}
     assert asr[0.0] > asr[0.02]
-    (tmp_path / "sweep.json").write_text(__import__("json").dumps(record.to_dict()))
+    (tmp_path / "sweep.json").write_text(json.dumps(record.to_dict()))
     again = read_sweep(tmp_path / "sweep.json")
     assert [p.noise for p in again.points] == [p.noise for p in record.points]
     assert "amplitude" in sigma_figure([again]).axes[0].get_xlabel()
@@ -121,3 +125,11 @@ def test_features_of_sounds_are_not_certified(tmp_path):
     made = CliRunner().invoke(app, ["certify", "tiny-audio", str(POPE), "--limit", "2", "--out", str(tmp_path / "run")])
     assert made.exit_code != 0
     assert "pictures alone" in str(made.exception) + made.output
+
+
+def test_the_page_on_sounds_is_that_of_the_result_files():
+    root = tasks_path().parent
+    if not any((root / "benchmarks" / "results").glob("audio_*.json")):
+        pytest.skip("the sweeps were not run yet: make sounds")
+    script = root / "benchmarks" / "sound_pages.py"
+    assert subprocess.run([sys.executable, str(script), "--check"], check=False).returncode == 0
