@@ -51,9 +51,9 @@ def transformers_server(log: Path, *options: str) -> contextlib.AbstractContextM
     )
 
 
-def smoothguard_server(log: Path, *options: str) -> contextlib.AbstractContextManager[str]:
-    """`smoothguard serve` on the same."""
-    return _process(log, sys.executable, "-m", "lmms_smoothguard", "serve", str(MODEL_DIR), *options, "--", "--port")
+def smoothguard_server(log: Path, *options: str, model: Path = MODEL_DIR) -> contextlib.AbstractContextManager[str]:
+    """`smoothguard serve` on the same, or another embedded model."""
+    return _process(log, sys.executable, "-m", "lmms_smoothguard", "serve", str(model), *options, "--", "--port")
 
 
 @contextlib.contextmanager
