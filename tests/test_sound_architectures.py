@@ -8,21 +8,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import COVERED
 from tiny_models.sounds import KINDS
-from tiny_models.subject import SETTINGS
+from tiny_models.subject import COPIES, SETTINGS, Subject
 
-import hf_integration
-from hf_integration.protecting import protect
 from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.inputs.carried import CLIPS
 from lmms_smoothguard.inputs.media import find_media
 from lmms_smoothguard.noise import NoiseSource, WaveformNoise
 
-COPIES = 5
-KIND = {kind.name: kind for kind in KINDS}
-LOUD = {"qwen3_asr": 0.9, "voxtral": 0.9}
-"""Noise that makes a difference to random weights; as loud as the sounds themselves where nothing is said."""
 RANDOM = {"vibevoice_asr"}
 """Models that draw noise of their own in every call."""
 
@@ -36,52 +29,25 @@ def sound(seed: int, seconds: float, rate: int = 16000) -> np.ndarray:
 
 
 @functools.cache
-def built(name: str):
+def built(name: str) -> Subject:
     if name == "granite_speech":
         try:
             pytest.importorskip("torchaudio")
         except RuntimeError as error:  # of another CUDA than torch's
             pytest.skip(str(error))
-    model, processor = KIND[name].build()
-    hf_integration.attach(model, processor)
-    return model, protect(processor)
+    return Subject(name)
 
 
 def rate_of(name: str) -> int:
     return 24000 if name in ("vibevoice_asr", "kyutai_speech_to_text") else 16000
 
 
-def answers(model, processor, inputs) -> list[tuple[int, ...]]:
-    end = processor.tokenizer.eos_token_id
-    prompts = inputs["input_ids"].tolist() if "input_ids" in inputs else None
-    sequences = model.generate(**inputs, **SETTINGS, smoothguard=False).tolist()
-    found = []
-    for row, answer in enumerate(sequences):
-        if prompts is not None and answer[: len(prompts[row])] == prompts[row]:
-            answer = answer[len(prompts[row]) :]
-        found.append(tuple(answer[: answer.index(end)] if end in answer else answer))
-    return found
-
-
-def separate(name: str, rows, sigma: float) -> list[list[tuple[int, ...]]]:
-    """Of each row the answers to its copies: noisy clips through the processor, as if they had been recorded so."""
-    model, processor = built(name)
-    kind, columns = KIND[name], []
-    inputs = kind.inputs(processor, rows)
-    noise = WaveformNoise(find_media(inputs, model.config).sounds, sigma=sigma, snr=None, seed=0)
-    for number in range(COPIES):
-        clips = iter(noise.clips(number) if number else inputs[CLIPS].clips)
-        # Windows of one long sound are several clips here; they are put together again for the processor.
-        noisy = [([_next_of(clips, len(one)) for one in sounds], text) for sounds, text in rows]
-        columns.append(answers(model, processor, kind.inputs(processor, noisy)))
-    return [list(row) for row in zip(*columns, strict=True)]
-
-
-def _next_of(clips, length: int) -> np.ndarray:
-    parts = [next(clips)]
-    while sum(map(len, parts)) < length:
-        parts.append(next(clips))
-    return np.concatenate(parts)
+def unpadded(answers, padding: int):
+    """Random weights may say the padding token last, where nobody can tell it from padding."""
+    return [
+        [answer[: max((n for n, token in enumerate(answer, 1) if token != padding), default=0)] for answer in row]
+        for row in answers
+    ]
 
 
 def cases():
@@ -99,27 +65,17 @@ def cases():
 
 @pytest.mark.parametrize(("name", "rows"), cases())
 def test_defended_answers_are_those_of_separate_calls(name, rows):
-    model, processor = built(name)
-    sigma = LOUD.get(name, 0.3)
-    config = {"audio_sigma": sigma, "num_samples": COPIES}
-    inputs = KIND[name].inputs(processor, rows)
-    out = model.generate(**inputs, **SETTINGS, smoothguard=config, return_dict_in_generate=True)
-    defended = [list(verdict.candidates) for verdict in out.smoothguard]
+    subject = built(name)
+    defended = [verdict.candidates for verdict in subject.defended(subject.inputs(*rows))]
     if name in RANDOM:
         assert all(len(candidates) == COPIES for candidates in defended)
         return
-    assert defended == separate(name, rows, sigma)
+    padding = subject.processor.tokenizer.pad_token_id
+    assert unpadded(defended, padding) == unpadded(subject.separate_rows(rows), padding)
     assert any(len(set(candidates)) > 1 for candidates in defended), "all copies answer alike: nothing was tested"
 
 
 # -- pictures and sounds in one request --------------------------------------------------------------------------------
-
-
-@functools.cache
-def omni(name: str):
-    model, processor = COVERED[name].build()
-    hf_integration.attach(model, processor)
-    return model, protect(processor)
 
 
 def ask_omni(processor, picture: Image.Image, clip: np.ndarray):
@@ -129,7 +85,8 @@ def ask_omni(processor, picture: Image.Image, clip: np.ndarray):
 
 @pytest.mark.parametrize("name", ["qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"])
 def test_pictures_and_sounds_of_one_request_are_both_noised(name):
-    model, processor = omni(name)
+    subject = Subject(name)
+    model, processor = subject.model, subject.processor
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((112, 112))
     inputs = ask_omni(processor, picture, sound(1, 1.0))
@@ -138,18 +95,19 @@ def test_pictures_and_sounds_of_one_request_are_both_noised(name):
     media = find_media(inputs, model.config)
     pixels = NoiseSource(media.images, sigma=0.5, statistics=None, seed=0)
     waves = WaveformNoise(media.sounds, sigma=0.7, snr=None, seed=0)
-    expected = answers(model, processor, inputs)
+    expected = subject.answers(inputs)
     for number in range(1, COPIES):
         again = ask_omni(processor, picture, waves.clips(number)[0])
         assert not torch.equal(again["input_features"], inputs["input_features"])
-        expected += answers(model, processor, {**again, "pixel_values": pixels.copy(number)})
+        expected += subject.answers({**again, "pixel_values": pixels.copy(number)})
     assert list(out.smoothguard[0].candidates) == expected
     assert len(set(expected)) > 1
 
 
 def test_sounds_alone_make_a_difference_to_an_omni_model():
     """Else the test above could pass on its pictures alone."""
-    model, processor = omni("qwen2_5_omni_thinker")
+    subject = Subject("qwen2_5_omni_thinker")
+    model, processor = subject.model, subject.processor
     picture = Image.new("RGB", (112, 112), (90, 150, 176))
     logits = [
         model(**{k: v for k, v in ask_omni(processor, picture, sound(seed, 1.0)).items() if k != CLIPS}).logits[0, -1]

@@ -83,7 +83,7 @@ README = (
     _part("sweep_captions_eot", "shapes_caption", 100, "votes on sentences, adaptive attack", _ADAPTIVE, **_EVERY_VOTE),
 )  # fmt: skip
 _ROOMS = ("0.0005", "0.001", "0.002", "0.005", "0.01", "0.02", "40dB", "30dB", "20dB")
-_HEARD_VOTE = {**_EVERY_VOTE, "sigmas": (0.02,), "clean_copy": (True,), "num_samples": (10,)}
+_HEARD_VOTE = {**_EVERY_VOTE, "sigmas": (0.0025,), "clean_copy": (True,), "num_samples": (10,)}
 AUDIO = (
     _heard("audio_sigma", "sounds_pope", 300, "noise and copies, sounds", _STANDARD,
            sigmas=(0.0, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32), num_samples=(1, 2, 3, 5, 10)),

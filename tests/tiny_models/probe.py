@@ -25,11 +25,14 @@ from PIL import Image
 
 from lmms_smoothguard.attacks.objective import AnswerLoss, Threat
 from lmms_smoothguard.attacks.rendering import EXACT_ENOUGH, Renderer
+from lmms_smoothguard.attacks.sound_rendering import SoundRenderer
 from lmms_smoothguard.errors import AttackError, UndefendableError
+from lmms_smoothguard.inputs.carried import CLIPS
 from lmms_smoothguard.inputs.fitting import is_encoder_decoder
-from lmms_smoothguard.inputs.media import find_images
+from lmms_smoothguard.inputs.media import find_images, find_media
 from lmms_smoothguard.inputs.statistics import pixel_statistics
-from lmms_smoothguard.noise import NoiseSource
+from lmms_smoothguard.noise import NoiseSource, WaveformNoise
+from tiny_models.sounds import tone
 from tiny_models.subject import Subject, row_of
 
 YES = "yes"
@@ -68,13 +71,15 @@ def probe(name: str) -> Coverage:
     found = Coverage(name, type(subject.model).__name__, subject.kind.several)
     square, wide, tall = _pictures()
     one = subject.inputs(row_of(wide))
-    images = None
     try:
-        images = find_images(one, subject.model.config)
+        images, sounds = find_media(one, subject.model.config) or (None, None)
     except UndefendableError as error:
+        images = sounds = None
         found.layout = f"refused: {error}"
     if images is not None:
         found.key, found.layout = images.key, type(images.layout).__name__
+    elif sounds is not None:
+        found.key, found.layout = sounds.key, "clips"
     other = "Describe the image." if subject.kind.several else "What is it?"
     shapes = {
         "one": [row_of(wide)],
@@ -84,9 +89,10 @@ def probe(name: str) -> Coverage:
     for check, rows in shapes.items():
         found.checks[check] = _guarded(_answers, subject, rows)
     if images is not None or found.layout:
-        found.checks["noise"] = _guarded(_noise, subject)
+        found.checks["noise"] = _guarded(_noise if found.layout != "clips" else _noise_of_sounds, subject)
         found.checks["gradient"] = _guarded(_gradient, subject, one)
-        found.checks["attack"] = _guarded(_attack, subject, (wide, tall) if subject.kind.several else (wide,))
+        attack = _attack if found.layout != "clips" else _attack_on_sounds
+        found.checks["attack"] = _guarded(attack, subject, (wide, tall) if subject.kind.several else (wide,))
     return found
 
 
@@ -120,11 +126,11 @@ def _answers(subject, rows) -> str:
         return "WRONG: answered undefended"
     padding = subject.processor.tokenizer.pad_token_id
     defended = _unpadded([verdict.candidates for verdict in verdicts], padding)
-    separate = _unpadded([answers for row in rows for answers in subject.separate(subject.inputs(row))], padding)
+    separate = _unpadded([answers for row in rows for answers in subject.separate_rows([row])], padding)
     if defended == separate:
         noticed = any(len(set(candidates[1:])) > 1 for candidates in defended)
         return YES if noticed else "- all copies answer alike: nothing was tested"
-    if len(rows) > 1 and defended == _unpadded(subject.separate(inputs), padding):
+    if len(rows) > 1 and defended == _unpadded(subject.separate_rows(rows), padding):
         return "as calls of the same batch: the undefended answers depend on it"
     if all(len(set(candidates)) == 1 for candidates in defended):
         return "WRONG: every copy gives the undefended answer"
@@ -166,6 +172,23 @@ def _noise(subject) -> str:
     return YES
 
 
+def _noise_of_sounds(subject) -> str:
+    """Of the amplitude asked for on every clip, and of its own on equal ones."""
+    sigma, (_, wide, _) = 0.05, _pictures()
+    sounds = find_media(subject.inputs(row_of(wide)), subject.model.config).sounds
+    noise = WaveformNoise(sounds, sigma=sigma, snr=None, seed=0)
+    offsets = [
+        np.concatenate([noisy - clean for noisy, clean in zip(noise.clips(n), sounds.carried.clips, strict=True)])
+        for n in range(1, 9)
+    ]
+    if abs(np.std(offsets) / sigma - 1) > 0.05:
+        return f"WRONG: noise is {np.std(offsets) / sigma:.2f} times audio_sigma"
+    if abs(np.corrcoef(offsets)[np.triu_indices(8, 1)]).max() > 0.1:
+        return "WRONG: copies share their noise"
+    changed = noise.copies([1])[0] != sounds.values
+    return YES if changed.any() else "WRONG: the features are those without noise"
+
+
 def _twins(offset) -> bool:
     """Whether two of a picture's parts (patches, tiles, or the picture itself) got the same noise."""
     parts = offset.flatten(1) if len(offset) > 1 else offset[0].flatten(1)
@@ -175,9 +198,10 @@ def _twins(offset) -> bool:
 
 def _gradient(subject, inputs) -> str:
     """Of the model's first decision with respect to the tensor that `generate` was given."""
-    images = find_images(inputs, subject.model.config)
-    pixels = images.values.clone().requires_grad_()
-    given = {**inputs, images.key: pixels}
+    media = find_media(inputs, subject.model.config)
+    part = media.images or media.sounds
+    pixels = part.values.clone().requires_grad_()
+    given = {key: value for key, value in inputs.items() if key != CLIPS} | {part.key: pixels}
     if is_encoder_decoder(subject.model.config):
         start = subject.model.generation_config.decoder_start_token_id
         given["decoder_input_ids"] = torch.full((len(inputs.get("input_ids", pixels)), 1), start)
@@ -212,6 +236,24 @@ def _attack(subject, pictures) -> str:
         share = float((gradient != 0).float().mean())
         if not torch.isfinite(gradient).all() or share < 0.3:
             return f"a gradient reaches {share:.0%} of a picture"
+    return YES
+
+
+def _attack_on_sounds(subject, pictures) -> str:
+    """The gradient of an answer's loss with respect to every waveform, through the features."""
+    inputs = subject.inputs(row_of(*pictures))
+    carried = find_media(inputs, subject.model.config).sounds.carried
+    renderer = SoundRenderer(subject.processor, torch.device("cpu"), torch.float32)
+    clean = tuple(torch.from_numpy(tone(picture, renderer.rate))[None] for picture in pictures)
+    renderer.check(clean, inputs, carried.key)
+    prompt = {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor) and key != carried.key}
+    answer = subject.answer(inputs, min_new_tokens=4)
+    loss = AnswerLoss(Threat(subject.model, subject.processor, renderer, (), [prompt], [answer]), "margin")
+    leaves = tuple(slot.clone().requires_grad_() for slot in clean)
+    for gradient in torch.autograd.grad(loss(leaves).sum(), leaves, allow_unused=True):
+        share = 0.0 if gradient is None else float((gradient != 0).float().mean())
+        if gradient is None or not torch.isfinite(gradient).all() or share < 0.3:
+            return f"a gradient reaches {share:.0%} of a sound"
     return YES
 
 
