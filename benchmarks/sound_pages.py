@@ -29,7 +29,7 @@ Every table is written by `benchmarks/sound_pages.py` from `benchmarks/results/a
 intervals: Wilson's for rates; paired differences from the vote on all copies, in percentage points, by a bootstrap over clips. ASR counts questions
 that the undefended model gets right when clean. Attacks change the waveform, their results are 16-bit PCM and scored through the ordinary path. A budget
 such as 0.001 is L-inf, in amplitude (full scale 1); one in dB is L2, so far below each clip's own power. The adaptive attacker averages over
-the defence's noise (EOT, 8 draws a step), with draws of its own."""
+the defence's noise (EOT, 8 draws a step), with draws of its own; where a table has a dash that was not run yet."""
 
 
 def stored() -> dict[str, SweepRecord]:
