@@ -220,9 +220,9 @@ def test_selection_and_estimation_see_different_noise(subject: Subject, monkeypa
     seeds: list[int] = []
     answers = AnswerWorker._answers
 
-    def noted(self: AnswerWorker, inputs: Any, count: int, seed: int) -> list[str]:
+    def noted(self: AnswerWorker, inputs: Any, count: int, seed: int, noise: Any) -> list[str]:
         seeds.append(seed)
-        return answers(self, inputs, count, seed)
+        return answers(self, inputs, count, seed, noise)
 
     monkeypatch.setattr(AnswerWorker, "_answers", noted)
     worker = AnswerWorker(asked, subject, 4)
