@@ -64,11 +64,6 @@ class Sound(NamedTuple):
         soundfile().write(written, self.pcm, self.rate, format="WAV", subtype="PCM_16")
         return written.getvalue()
 
-    @property
-    def decibels(self) -> float:
-        """Its power against full scale, in dB; minus infinity for silence."""
-        return decibels(self.samples)
-
     def at(self, rate: int) -> Sound:
         """The same sound at another sampling rate (polyphase filtering, as scipy does it), itself where it has that one."""
         if rate == self.rate:
@@ -83,12 +78,6 @@ class Sound(NamedTuple):
     def from_pcm(cls, pcm: np.ndarray, rate: int) -> Sound:
         """Of int16 samples; exactly, for float32 holds every one of their values."""
         return cls(pcm.astype(np.float32) / PCM, rate)
-
-
-def decibels(samples: np.ndarray) -> float:
-    """Mean power of samples against full scale, in dB; minus infinity for silence."""
-    power = float(np.mean(np.square(samples, dtype=np.float64)))
-    return 10 * math.log10(power) if power else -math.inf
 
 
 def soundfile() -> Any:

@@ -1,6 +1,5 @@
 """CompA: documents from the user's copy; right is the number of the caption that fits."""
 
-from lmms_smoothguard.errors import SmoothGuardError
 from lmms_smoothguard.harness import scoring
 from lmms_smoothguard.harness.lmms_eval import compa
 from lmms_smoothguard.harness.lmms_eval.compa_scores import (
@@ -11,6 +10,7 @@ from lmms_smoothguard.harness.lmms_eval.compa_scores import (
     listed,
     number_in,
 )
+from lmms_smoothguard.harness.lmms_eval.copies import saying_why
 from lmms_smoothguard.sounds import sound_of
 
 _RATES = {
@@ -39,11 +39,8 @@ ATTACKED_METRICS = [*METRICS, *_metrics(_ASR, False), *_metrics({"recovery": sco
 
 
 def _documents(kind):
-    try:
+    with saying_why("CompA"):
         return compa.documents(kind)
-    except SmoothGuardError as error:
-        # lmms-eval tries five times to load data, and then names no reason; this it lets through.
-        raise SystemExit(f"CompA: {error}") from error
 
 
 def order_documents(_):

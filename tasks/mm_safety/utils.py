@@ -2,8 +2,8 @@
 
 from PIL import Image
 
-from lmms_smoothguard.errors import SmoothGuardError
 from lmms_smoothguard.evaluation.mm_safety import SCENARIOS, TEXT_ONLY, documents
+from lmms_smoothguard.harness.lmms_eval.copies import saying_why
 from lmms_smoothguard.harness.lmms_eval.safety import attacked_safety_scores, metric_list, safety_scores
 
 METRICS = metric_list(groups=SCENARIOS)
@@ -12,11 +12,8 @@ _FIELDS = {"question": "plain_question", "group": "scenario"}
 
 
 def _documents(kind):
-    try:
+    with saying_why("MM-SafetyBench"):
         return documents(kind)
-    except SmoothGuardError as error:
-        # lmms-eval tries five times to load data, and then names no reason; this it lets through.
-        raise SystemExit(f"MM-SafetyBench: {error}") from error
 
 
 def sd_documents(_):
