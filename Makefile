@@ -8,10 +8,14 @@ PARITY := .venv-parity
 SHARED_OUT := -n auto --maxprocesses 8 --dist loadfile
 EXTRAS := lmms-eval,lm-eval,embedders,report,training,attack,audio,booster,proxy,speech,dev
 
-.PHONY: demo test test-slow lint coverage results sounds smoothing bench parity testsets clean
+.PHONY: demo demo-sounds test test-slow lint coverage results sounds smoothing bench parity testsets clean
 
 demo: $(INSTALLED)
 	$(BIN)/smoothguard demo
+
+# The same of sounds, with players.
+demo-sounds: $(INSTALLED)
+	$(BIN)/smoothguard demo --model tiny-audio
 
 test: lint
 	$(BIN)/python -m pytest $(SHARED_OUT)

@@ -18,7 +18,7 @@ from lmms_smoothguard.certifying.records import read_certificates
 from lmms_smoothguard.evaluation.records import Record, read_record, read_run
 from lmms_smoothguard.report.demo import DEMO, EXPERIMENTS
 from lmms_smoothguard.report.documents import base_task
-from lmms_smoothguard.report.experiments import CLEAN
+from lmms_smoothguard.report.experiments import SEEING
 from lmms_smoothguard.report.smoothed import CERTIFICATIONS, SMOOTHED
 from lmms_smoothguard.report.smoothed_table import attacks_markdown, certificates_markdown
 from lmms_smoothguard.report.tables import attacks_table, markdown_table
@@ -138,7 +138,7 @@ def _is_headline(point: PointRecord) -> bool:
 
 def _clusters(results: list[Record]) -> str:
     """How far off the intervals are because questions about one scene depend on each other."""
-    tasks = [task for result in results for name, task in result.tasks.items() if base_task(name) == CLEAN]
+    tasks = [task for result in results for name, task in result.tasks.items() if base_task(name) == SEEING.clean]
     rates = [task.figures["asr"] for task in tasks if "asr" in task.figures]
     effects = [rate.design_effect for rate in rates if rate.design_effect is not None]
     return (

@@ -1,6 +1,6 @@
 """Takes the README's pictures of the report page, with any Chromium on the path.
 
-make demo && .venv/bin/python benchmarks/screenshots.py
+make demo demo-sounds && .venv/bin/python benchmarks/screenshots.py
 """
 
 from __future__ import annotations
@@ -15,11 +15,16 @@ ROOT = Path(__file__).parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
-def main(report: Path) -> int:
-    """Writes docs/report-desktop.png, docs/report-sample.png and docs/report-phone-dark.png."""
+def main(demos: Path) -> int:
+    """Writes docs/report-desktop.png, docs/report-sample.png, docs/report-phone-dark.png and docs/report-sounds.png."""
     executable = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-    if executable is None or not report.exists():
-        missing = f"browser: {', '.join(BROWSERS)}" if executable is None else f"page {report}: run `make demo` first"
+    report, sounds = (demos / model / "report.html" for model in ("tiny-llava", "tiny-audio"))
+    if executable is None or not report.exists() or not sounds.exists():
+        missing = (
+            f"browser: {', '.join(BROWSERS)}"
+            if executable is None
+            else f"pages {report} and {sounds}: run `make demo demo-sounds` first"
+        )
         print(f"screenshots: no {missing}", file=sys.stderr)
         return 1
     with sync_playwright() as started:
@@ -27,6 +32,7 @@ def main(report: Path) -> int:
         shoot(browser, report, "report-desktop", (1180, "light", 1), (".hero", "#results .scroll"))
         shoot(browser, report, "report-sample", (1180, "light", 1), ("#samples article", "#samples article"))
         shoot(browser, report, "report-phone-dark", (390, "dark", 2), (".hero", ".tiles"))
+        shoot(browser, sounds, "report-sounds", (1180, "light", 1), ("#samples article", "#samples article"))
         browser.close()
     return 0
 
@@ -51,4 +57,4 @@ def shoot(browser: Browser, report: Path, name: str, screen: tuple[int, str, int
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "runs" / "demo" / "report.html"))
+    sys.exit(main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "runs" / "demo"))

@@ -118,13 +118,16 @@ app.command(no_args_is_help=True, context_settings={"allow_extra_args": True})(s
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory for the runs' logs and the table.")] = Path("runs/demo"),
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for the runs' logs and the table.", show_default="runs/demo/MODEL")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Questions of every task.")] = 420,
+    model: Annotated[str, typer.Option(help="tiny-llava, which sees, or tiny-audio, which hears.")] = "tiny-llava",
 ) -> None:
-    """Attack and defend the embedded model through lmms-eval: plain and defended, clean and attacked, a table, a page."""
+    """Attack and defend an embedded model through lmms-eval: plain and defended, clean and attacked, a table, a page."""
     from lmms_smoothguard.report.demo import run_demo
 
-    typer.echo(f"The page with pictures: {run_demo(out, limit)}")
+    typer.echo(f"The page with samples: {run_demo(out or Path('runs/demo') / model, limit, model)}")
 
 
 @app.command()
@@ -134,7 +137,7 @@ def report(
     """Write the report page of earlier runs again, from their logs."""
     from lmms_smoothguard.report.demo import run_report
 
-    typer.echo(f"The page with pictures: {run_report(directory)}")
+    typer.echo(f"The page with samples: {run_report(directory)}")
 
 
 @app.command()

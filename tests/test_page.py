@@ -116,7 +116,7 @@ def test_text_of_strangers_stays_text(tmp_path, monkeypatch):
     assert page.text.count(HOSTILE) > 10
     assert "{{ 7 * 7 }}" in page.text
     policy = [a["content"] for a in page.of("meta") if a.get("http-equiv") == "Content-Security-Policy"]
-    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+    assert policy == ["default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"]
 
 
 def test_the_noisy_picture_is_what_the_model_was_given(tmp_path, monkeypatch):
@@ -125,7 +125,7 @@ def test_the_noisy_picture_is_what_the_model_was_given(tmp_path, monkeypatch):
     from test_lmms_eval import evaluate
 
     from lmms_smoothguard.noise import NoiseSource
-    from lmms_smoothguard.report.pictures import Gallery
+    from lmms_smoothguard.report.pictures import PictureGallery
     from lmms_smoothguard.tiny.model import MODEL_DIR
 
     given, draw = [], NoiseSource.copy
@@ -143,10 +143,10 @@ def test_the_noisy_picture_is_what_the_model_was_given(tmp_path, monkeypatch):
     row = found["samples"]["shapes_pope_pgd"][0]
     sample = Sample("0", row["target"], "", row["token_counts"][0])
     config = config_of(tmp_path, "sigma=0.3,noise_space=pixel,num_samples=3,seed=5")
-    pictures = Gallery(tmp_path / "cache" / "attacks", "shapes_pope_pgd", MODEL_DIR, config).of(sample)
+    pictures = PictureGallery(tmp_path / "cache" / "attacks", "shapes_pope_pgd", MODEL_DIR, config).of(sample)
     assert len(given) == 2  # the run's and the page's
     assert given[0].equal(given[1])
-    assert np.array_equal(pictures.noisy, ((given[0][0] + 1) / 2 * 255).round().byte().permute(1, 2, 0).numpy())
+    assert np.array_equal(pictures.by_kind["noisy"].picture, ((given[0][0] + 1) / 2 * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def config_of(directory, settings):
@@ -243,8 +243,8 @@ def test_a_perfect_detectors_curve_goes_through_the_upper_left_corner():
 
     clean, attacked = [0.0, 0.1], [0.8, 0.9]
     figures = {
-        "shapes_pope": {"suspected": rate([False, False]).figure()},
-        "shapes_pope_pgd": {
+        "clean": {"suspected": rate([False, False]).figure()},
+        "attacked": {
             "suspected": rate([True, True]).figure(),
             "detection_auroc": detection(clean, attacked).figure(),
         },

@@ -56,12 +56,14 @@ def chromium():
 def pages(tmp_path_factory):
     """A page of a real, small run of the demo, and one of hostile and unwieldy text."""
     from lmms_smoothguard.report.demo import run_demo, run_report
+    from lmms_smoothguard.report.experiments import HEARING
 
     odd = write_runs(tmp_path_factory.mktemp("odd"), answers=hostile_answers, num_samples=20)
-    return {"demo": run_demo(tmp_path_factory.mktemp("demo"), 8), "odd": run_report(odd)}
+    sounds = run_report(write_runs(tmp_path_factory.mktemp("sounds"), on=HEARING))
+    return {"demo": run_demo(tmp_path_factory.mktemp("demo"), 8), "odd": run_report(odd), "sounds": sounds}
 
 
-@pytest.fixture(params=[(which, width, theme) for which in ("demo", "odd") for width in WIDTHS for theme in ("light", "dark")],
+@pytest.fixture(params=[(which, width, theme) for which in ("demo", "odd", "sounds") for width in WIDTHS for theme in ("light", "dark")],
                 ids=lambda param: "-".join(param))  # fmt: skip
 def shown(request, chromium, pages):
     """(page, its theme, console messages and errors, addresses asked for), with every list unfolded."""
@@ -88,7 +90,13 @@ def test_what_a_reader_sees(shown):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     images = page.evaluate("[...document.images].map(image => [image.complete, image.naturalWidth, image.width])")
     assert len(images) >= 4 * 6
-    assert all(complete and natural == 64 and drawn > 100 for complete, natural, drawn in images)
+    assert all(complete and natural >= 64 and drawn > 100 for complete, natural, drawn in images)
+    page.wait_for_function("[...document.querySelectorAll('audio')].every(one => one.readyState > 0 || one.error)")
+    players = page.evaluate(
+        "[...document.querySelectorAll('audio')].map(one => [one.duration, one.error, one.offsetWidth])"
+    )
+    assert len(players) == (len(images) if "sounds" in page.url else 0)
+    assert all(seconds == 2 and error is None and drawn > 100 for seconds, error, drawn in players)
 
     texts = page.evaluate(TEXTS)
     assert len(texts) > 100

@@ -132,6 +132,7 @@ def _record(run: str, task: str, sample: Sample, group: str | None) -> SampleRec
         attack_l2=info.get("attack_l2"),
         attack_key=info.get("attack_key"),
         attack_seconds=info.get("attack_seconds"),
+        attack_snr=info.get("attack_snr"),
         left_out=sample.left_out,
         refused=None if refused is None else bool(refused),
         verdicts=_verdicts(scores),

@@ -55,7 +55,8 @@ class SampleRecord:
     and `clean_answer`, None where it gives no such verdict.
     candidates, labels: every copy's answer and its cluster; copies: how many were answered; agreement, suspicion,
     suspected: as in `aggregation.verdict.Verdict`. seconds: of the final answer.
-    attack_linf, attack_l2: distance of the adversarial image in [0, 1] units; attack_key: its entry in the attack cache;
+    attack_linf, attack_l2: distance of the adversarial image in [0, 1] units, or of the sound where full scale is 1; attack_snr: of a
+    sound alone, the clip's power over that of its change, in dB, the least of several clips; attack_key: its entry in the attack cache;
     attack_seconds: what crafting it took (its share of a batch). left_out: why a sample of an attacked task was not attacked,
     so that it counts in no figure.
     verdicts: judges' opinions of `answer`, the first decides; refused: whether it refuses, by the phrase list, whoever judges.
@@ -83,6 +84,7 @@ class SampleRecord:
     attack_l2: float | None = None
     attack_key: str | None = None
     attack_seconds: float | None = None
+    attack_snr: float | None = None
     left_out: str | None = None
     refused: bool | None = None
     verdicts: tuple[JudgeVerdict, ...] = ()
@@ -171,7 +173,7 @@ def _schema(arrow: Any) -> Any:
     types = {
         **dict.fromkeys(("right", "clean_right", "suspected", "refused"), flag),
         **dict.fromkeys(
-            ("agreement", "suspicion", "seconds", "attack_linf", "attack_l2", "attack_seconds"),
+            ("agreement", "suspicion", "seconds", "attack_linf", "attack_l2", "attack_seconds", "attack_snr"),
             number,
         ),
         "copies": whole,
@@ -188,7 +190,7 @@ def _schema(arrow: Any) -> Any:
     return arrow.schema(columns, metadata={_VERSION_KEY: str(SCHEMA_VERSION).encode()})
 
 
-_LATER = ("left_out", "refused")
+_LATER = ("left_out", "refused", "attack_snr")
 """Columns that the first tables had not."""
 
 

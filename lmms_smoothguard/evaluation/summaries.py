@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, median
 
 from lmms_smoothguard.evaluation.clusters import design_effect
 from lmms_smoothguard.evaluation.detection import detection
@@ -30,8 +30,8 @@ def figures_of(
     """The figures of one task's samples by name, as far as their fields allow.
 
     accuracy, and POPE's precision, recall, f1 and yes_ratio where every right answer is yes or no; seconds_per_answer;
-    agreement, copies and suspected of a defended run; asr, recovery, largest_linf_in_grey_levels and attack_seconds of an
-    attacked one, target_rate with the attack's `target`. Where judges decide, in accuracy's place: unsafe_rate, and how many
+    agreement, copies and suspected of a defended run; asr, recovery, largest_linf_in_grey_levels (of sounds largest_linf, full scale 1,
+    and median_snr_in_db) and attack_seconds of an attacked one, target_rate with the attack's `target`. Where judges decide, in accuracy's place: unsafe_rate, and how many
     answers are `unparseable` and `unjudged` (and of an attacked task `clean_without_opinion`), by the deciding judge (and `<figure>_<judge>` by each where there are several).
     over_refusal: of the permitted requests, by the phrase list. `clean`: the same run's samples of the same questions without
     an attack; with them, robust_accuracy and detection_auroc (suspicion, attacked against clean).
@@ -86,11 +86,22 @@ def _attacked(samples: Sequence[SampleRecord]) -> dict[str, Figure]:
         figures["asr"] = _asr(samples)
     if all(s.clean_answer is not None for s in samples):
         figures["recovery"] = recovery([s.clean_answer or "" for s in samples], [s.answer for s in samples]).figure()
-    largest = 255 * max(s.attack_linf or 0.0 for s in samples)
-    figures["largest_linf_in_grey_levels"] = _bare(largest, len(samples), "largest")
+    figures |= _changes(samples)
     if (seconds := _known([s.attack_seconds for s in samples])) is not None:
         figures["attack_seconds"] = _bare(fmean(seconds), len(seconds), "mean, no interval")
     return figures
+
+
+def _changes(samples: Sequence[SampleRecord]) -> dict[str, Figure]:
+    """How far adversarial inputs are from clean ones; of those that have it, a sound's decibels."""
+    largest = max(s.attack_linf or 0.0 for s in samples)
+    apart = [s.attack_snr for s in samples if s.attack_snr is not None]
+    if not apart:
+        return {"largest_linf_in_grey_levels": _bare(255 * largest, len(samples), "largest")}
+    return {
+        "largest_linf": _bare(largest, len(samples), "largest"),
+        "median_snr_in_db": _bare(median(apart), len(apart), "median"),
+    }
 
 
 def _asr(samples: Sequence[SampleRecord]) -> Figure:

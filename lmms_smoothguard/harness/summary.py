@@ -124,7 +124,9 @@ def put_in(results: dict[str, Any], outcomes: Outcomes) -> dict[str, Summary]:
 def told_of(entry: Entry) -> dict[str, Any]:
     """What the samples log says of an adversarial picture or sound."""
     numbers = {f"attack_{name}": entry.record[name] for name in ("linf", "l2", "rendering_gap", "seconds")}
-    return {"attack": entry.record["attack"], "attack_key": entry.key, **numbers}
+    apart = [decibels for decibels in entry.record.get("snr_db", ()) if decibels is not None]
+    least = {"attack_snr": min(apart)} if apart else {}
+    return {"attack": entry.record["attack"], "attack_key": entry.key, **numbers, **least}
 
 
 def vote_of(seen: Observation) -> dict[str, Any]:

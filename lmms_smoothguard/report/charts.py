@@ -8,7 +8,6 @@ from typing import Any
 
 from lmms_smoothguard.evaluation.detection import roc_points
 from lmms_smoothguard.evaluation.figures import Figure
-from lmms_smoothguard.report.experiments import ATTACKED, CLEAN
 
 PLOT = 280.0
 """Side of the ROC's square, in units of its viewBox."""
@@ -43,19 +42,19 @@ def _ends(rate: Figure) -> tuple[float, float, float]:
 def roc_chart(
     clean: Sequence[float], attacked: Sequence[float], figures: Mapping[str, Mapping[str, Figure]]
 ) -> dict[str, Any]:
-    """The curve of suspicion, its corners, and the point at which `suspected` stands. `figures`: the defended run's, by
-    task and name."""
+    """The curve of suspicion, its corners, and the point at which `suspected` stands. `figures`: the defended run's, of its tasks
+    "clean" and "attacked", by name."""
     points = [{"threshold": h, "false": f, "true": t, **_place(f, t)} for h, f, t in roc_points(clean, attacked)]
-    false, true = (_ends(figures[task]["suspected"])[0] for task in (CLEAN, ATTACKED))
-    found = figures[ATTACKED]["detection_auroc"]
+    false, true = (_ends(figures[task]["suspected"])[0] for task in ("clean", "attacked"))
+    found = figures["attacked"]["detection_auroc"]
     auroc, low, high = _ends(found)
     return {
         "points": points,
         "line": " ".join(f"{point['x']:.1f},{point['y']:.1f}" for point in points),
         "area": " ".join(f"{point['x']:.1f},{point['y']:.1f}" for point in points) + f" {PLOT:.1f},{PLOT:.1f}",
         "suspected": {
-            "false": figures[CLEAN]["suspected"],
-            "true": figures[ATTACKED]["suspected"],
+            "false": figures["clean"]["suspected"],
+            "true": figures["attacked"]["suspected"],
             **_place(false, true),
         },
         "size": PLOT,

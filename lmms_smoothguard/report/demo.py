@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lmms_smoothguard.errors import SmoothGuardError
+from lmms_smoothguard.errors import ConfigError, SmoothGuardError, did_you_mean
 from lmms_smoothguard.evaluation.records import Run, read_record, write_run
 from lmms_smoothguard.evaluation.runs import load_samples
 from lmms_smoothguard.report.certified import run_certification
-from lmms_smoothguard.report.experiments import ATTACKED, Experiment, run, summarize
+from lmms_smoothguard.report.experiments import HEARING, SEEING, Experiment, run, summarize
 from lmms_smoothguard.report.page import write_page
 from lmms_smoothguard.report.smoothed import CERTIFICATIONS, SMOOTHED
 from lmms_smoothguard.report.stronger import STRONGER
 from lmms_smoothguard.report.tables import print_table
-from lmms_smoothguard.tiny.model import MODEL_DIR
 
 log = logging.getLogger(__name__)
 
 _PIXEL = {"sigma": "0.2", "noise_space": "pixel"}
 _NO_DEFENSE = {"defense": "none"}
+_ATTACKED = (SEEING.attacked,)
 
 # Fixed beforehand: 420 questions, L-inf 4/255, 40 steps, no early stop; SmoothGuard N = 10, sigma 0.2 in pixel units.
 DEMO = (
     Experiment("plain", _NO_DEFENSE, about="undefended"),
     Experiment("smoothguard", _PIXEL, about="SmoothGuard, N = 10, sigma 0.2 pixel"),
 )
+# Fixed beforehand likewise: L-inf 0.001 of full scale, SmoothGuard as it comes, N = 10, sigma 0.02 in amplitude.
+DEMO_OF_SOUNDS = (
+    Experiment("plain", _NO_DEFENSE, about="undefended", on=HEARING),
+    Experiment("smoothguard", {"audio_sigma": "0.02"}, about="SmoothGuard, N = 10, sigma 0.02 amplitude", on=HEARING),
+)
+DEMOS: Mapping[str, tuple[Experiment, ...]] = {demo[0].on.model: demo for demo in (DEMO, DEMO_OF_SOUNDS)}
+"""By the embedded model that they are about."""
 _EOT = {"attack_eot": "8", "attack_batch_size": "128"}
 REST = (
     Experiment("published", {"sigma": "0.1"}, about="SmoothGuard as published: N = 10, sigma 0.1 normalized"),
@@ -37,10 +44,10 @@ REST = (
     Experiment("token", _PIXEL | {"level": "token"}, about="token level, N = 10, sigma 0.2 pixel"),
     Experiment("early_exact", _PIXEL | {"early_stop": "exact"}, about="early stop: exact, N = 10, sigma 0.2 pixel"),
     Experiment("early_rate", _PIXEL | {"early_stop": "0.01"}, about="early stop: 1 %, N = 10, sigma 0.2 pixel"),
-    Experiment("plain_eps2", _NO_DEFENSE | {"attack_eps": "2/255"}, (ATTACKED,), about="undefended"),
-    Experiment("smoothguard_eps2", _PIXEL | {"attack_eps": "2/255"}, (ATTACKED,), about="SmoothGuard, N = 10, sigma 0.2 pixel"),
-    Experiment("plain_eps8", _NO_DEFENSE | {"attack_eps": "8/255"}, (ATTACKED,), about="undefended"),
-    Experiment("smoothguard_eps8", _PIXEL | {"attack_eps": "8/255"}, (ATTACKED,), about="SmoothGuard, N = 10, sigma 0.2 pixel"),
+    Experiment("plain_eps2", _NO_DEFENSE | {"attack_eps": "2/255"}, _ATTACKED, about="undefended"),
+    Experiment("smoothguard_eps2", _PIXEL | {"attack_eps": "2/255"}, _ATTACKED, about="SmoothGuard, N = 10, sigma 0.2 pixel"),
+    Experiment("plain_eps8", _NO_DEFENSE | {"attack_eps": "8/255"}, _ATTACKED, about="undefended"),
+    Experiment("smoothguard_eps8", _PIXEL | {"attack_eps": "8/255"}, _ATTACKED, about="SmoothGuard, N = 10, sigma 0.2 pixel"),
     Experiment("faint_plain", _NO_DEFENSE, ("shapes_pope_faint",), 300, about="undefended"),
     Experiment("faint_smoothguard", _PIXEL, ("shapes_pope_faint",), 300, about="SmoothGuard, N = 10, sigma 0.2 pixel"),
     Experiment("caption_plain", _NO_DEFENSE, ("shapes_caption", "shapes_caption_pgd"), 150, about="undefended"),
@@ -48,8 +55,8 @@ REST = (
     Experiment("faint_token", _PIXEL | {"level": "token"}, ("shapes_pope_faint",), 300, about="token level, N = 10, sigma 0.2 pixel"),
     Experiment("caption_token", _PIXEL | {"level": "token"}, ("shapes_caption", "shapes_caption_pgd"), 150, about="token level, N = 10, sigma 0.2 pixel"),
     Experiment("caption_early_exact", _PIXEL | {"early_stop": "exact"}, ("shapes_caption", "shapes_caption_pgd"), 150, about="early stop: exact, N = 10, sigma 0.2 pixel"),
-    Experiment("smoothguard_eot40", _PIXEL | _EOT, (ATTACKED,), 150, about="SmoothGuard, N = 10, sigma 0.2 pixel"),
-    Experiment("smoothguard_eot100", _PIXEL | _EOT | {"attack_steps": "100"}, (ATTACKED,), 100, about="SmoothGuard, N = 10, sigma 0.2 pixel"),
+    Experiment("smoothguard_eot40", _PIXEL | _EOT, _ATTACKED, 150, about="SmoothGuard, N = 10, sigma 0.2 pixel"),
+    Experiment("smoothguard_eot100", _PIXEL | _EOT | {"attack_steps": "100"}, _ATTACKED, 100, about="SmoothGuard, N = 10, sigma 0.2 pixel"),
 )  # fmt: skip
 
 
@@ -57,17 +64,31 @@ EXPERIMENTS = (*DEMO, *REST, *STRONGER)
 """What has a result file of its own, in the order in which they are run; `smoothed.SMOOTHED` is a table by itself."""
 
 
-def run_demo(out: Path, limit: int) -> Path:
-    """Runs the demo's two experiments and prints the table; each run's record and samples go to `out`, the page to the path
-    returned."""
+def run_demo(out: Path, limit: int, model: str = SEEING.model) -> Path:
+    """Runs the two experiments on an embedded model and prints the table; each run's record and samples go to `out`, the page to
+    the path returned. Raises ConfigError for a model without a demo, or where `out` has another model's."""
+    if model not in DEMOS:
+        raise ConfigError(f"model is {model!r}; {did_you_mean(model, DEMOS)}")
+    if (other := _demo_in(out)) not in (None, model):
+        raise ConfigError(
+            f"out is {out}, which has the demo of {other}; expected another directory for that of {model}"
+        )
     records = []
-    for experiment in DEMO:
+    for experiment in DEMOS[model]:
         run_ = _run(dataclasses.replace(experiment, limit=limit), out)
         write_run(out, *run_)
         records.append(run_.record)
-    page = write_page(out, records)
+    page = write_page(out, records, DEMOS[model][0].on)
     print_table(records)
     return page
+
+
+def _demo_in(directory: Path) -> str | None:
+    """The model whose demo's logs are in a directory, both of them."""
+    for model, demo in DEMOS.items():
+        if all(any((directory / e.name).rglob(f"*_samples_{e.on.attacked}.jsonl")) for e in demo):
+            return model
+    return None
 
 
 def run_report(directory: Path) -> Path:
@@ -75,13 +96,16 @@ def run_report(directory: Path) -> Path:
 
     The table has every experiment whose logs are there. Raises SmoothGuardError unless both of the demo's are.
     """
-    if missing := [e.name for e in DEMO if not any((directory / e.name).rglob(f"*_samples_{ATTACKED}.jsonl"))]:
+    model = _demo_in(directory)
+    if model is None:
+        missing = [e.name for e in DEMO if not any((directory / e.name).rglob("*_samples_*.jsonl"))]
         raise SmoothGuardError(
-            f"{directory} has no run named {' and none named '.join(missing)}; expected a directory that "
-            f"`smoothguard demo --out {directory}` has filled"
+            f"{directory} has no run named {' and none named '.join(missing or ['plain'])} of one embedded model; expected a directory "
+            f"that `smoothguard demo --out {directory}` has filled"
         )
+    demo = DEMOS[model]
     records = []
-    for experiment in EXPERIMENTS:
+    for experiment in demo if model != SEEING.model else EXPERIMENTS:
         if any((directory / experiment.name).rglob("*_samples_*.jsonl")):
             count = len(load_samples(directory / experiment.name, experiment.tasks[-1]))
             # The machine that ran it need not be this one.
@@ -90,7 +114,7 @@ def run_report(directory: Path) -> Path:
             asked = dataclasses.replace(experiment, limit=count)
             place, ran_on = directory / experiment.name, ({}, {}) if old is None else (old.environment, old.versions)
             records.append(summarize(asked, place, directory / "cache", *ran_on).record)
-    return write_page(directory, records)
+    return write_page(directory, records, demo[0].on)
 
 
 def run_results(out: Path, results: Path, only: Sequence[str] = (), *, smoothing: bool = False) -> None:
@@ -116,4 +140,4 @@ def run_results(out: Path, results: Path, only: Sequence[str] = (), *, smoothing
 
 
 def _run(experiment: Experiment, out: Path) -> Run:
-    return run(experiment, out, MODEL_DIR, out / "cache")
+    return run(experiment, out, out / "cache")

@@ -22,9 +22,8 @@ from lmms_smoothguard.harness.lmms_eval.discovery import tasks_path
 from lmms_smoothguard.harness.options import Options, take_options
 from lmms_smoothguard.harness.summary import TOWER
 from lmms_smoothguard.report.documents import is_embedded, scenes_of
-from lmms_smoothguard.tiny.model import MODEL_DIR
+from lmms_smoothguard.tiny import PLACES
 
-EMBEDDED_MODEL = "tiny-llava"
 _PER_SAMPLE = "(per sample)"
 
 
@@ -229,17 +228,19 @@ def _model(results: Mapping[str, Any], logged: Mapping[str, Sequence[Sample]], c
             f"the attacks were crafted on models {', '.join(sorted(prints))}; expected one model a run"
         )
     path = PurePosixPath(pretrained)
-    embedded = path.parts[-3:] == MODEL_DIR.parts[-3:]
+    embedded = next((name for name, place in PLACES.items() if path.parts[-3:] == place.parts[-3:]), None)
     if embedded and not prints and not any(keys):
-        prints = {_embedded_fingerprint()}
+        prints = {_embedded_fingerprint(embedded)}
     local = path.is_absolute() or pretrained.startswith((".", "~")) or Path(pretrained).is_dir()
-    name = EMBEDDED_MODEL if embedded else path.name if local else pretrained
+    name = embedded or (path.name if local else pretrained)
     return ModelRecord(name=name, fingerprint=next(iter(prints), None), vision_tower=tower)
 
 
-def _embedded_fingerprint() -> str:
-    from transformers import AutoModelForImageTextToText
+def _embedded_fingerprint(name: str) -> str:
+    import torch
 
     from lmms_smoothguard.fingerprint import model_fingerprint
+    from lmms_smoothguard.model_loading import load_model
 
-    return model_fingerprint(AutoModelForImageTextToText.from_pretrained(MODEL_DIR))
+    model, _ = load_model(str(PLACES[name]), torch.device("cpu"), "auto", trust_remote_code=False)
+    return model_fingerprint(model)

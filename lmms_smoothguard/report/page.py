@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,55 +15,58 @@ from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.errors import SmoothGuardError
 from lmms_smoothguard.evaluation.records import Record
 from lmms_smoothguard.evaluation.runs import Sample, load_samples
-from lmms_smoothguard.evaluation.titles import attack_title
+from lmms_smoothguard.evaluation.titles import attack_title, budget_of
 from lmms_smoothguard.report.charts import percent, rates_chart, roc_chart, suspicion_chart
-from lmms_smoothguard.report.experiments import ATTACKED, CLEAN
+from lmms_smoothguard.report.clips import ClipGallery
+from lmms_smoothguard.report.experiments import SEEING, Embedded
+from lmms_smoothguard.report.gallery import Gallery
 from lmms_smoothguard.report.groups import groups_of
 from lmms_smoothguard.report.logs import is_right, logged_options, logged_results
-from lmms_smoothguard.report.pictures import Gallery
+from lmms_smoothguard.report.pictures import PictureGallery
 from lmms_smoothguard.report.tables import HEADINGS, table_rows
-from lmms_smoothguard.tiny.model import MODEL_DIR
 
 SHOWN, LOST = 6, 3
 """Samples on the page: about SHOWN at even distances, and the first LOST of those that the defence lost besides."""
+_GALLERIES: Mapping[str, type[Gallery]] = {"picture": PictureGallery, "clip": ClipGallery}
 
 
-def write_page(directory: Path, records: Sequence[Record], model: Path = MODEL_DIR) -> Path:
+def write_page(directory: Path, records: Sequence[Record], on: Embedded = SEEING) -> Path:
     """Writes `directory/report.html` from the logs of `plain` and `smoothguard` there, and returns its path.
 
-    `records`: what `summarize` made of the runs. Every other number is read from the samples logs. Raises
-    SmoothGuardError where a log or a cached image is missing.
+    `records`: what `summarize` made of the runs; `on`: the model that they are about. Every other number is read from the samples
+    logs. Raises SmoothGuardError where a log, or an image or a sound of the cache, is missing.
     """
-    plain, defended = (_samples(directory, name) for name in ("plain", "smoothguard"))
+    plain, defended = (_samples(directory / name, on) for name in ("plain", "smoothguard"))
     config = logged_defense(directory / "smoothguard")
-    gallery = Gallery(directory / "cache" / "attacks", ATTACKED, model, config)
+    gallery = _GALLERIES[on.medium](directory / "cache" / "attacks", on.attacked, on.place, config)
     by_name = {record.name: record for record in records}
-    step, chosen = selection(defended[ATTACKED])
+    step, chosen = selection(defended["attacked"])
     figures = {
-        name: {task: stored.figures for task, stored in by_name[name].tasks.items()}
+        name: {kind: by_name[name].tasks[task].figures for kind, task in _tasks(on).items()}
         for name in ("plain", "smoothguard")
     }
-    attack = by_name["smoothguard"].tasks[ATTACKED].attack
+    attack = by_name["smoothguard"].tasks[on.attacked].attack
     settings = {} if attack is None else attack.settings
-    clean, attacked = (_suspicion(defended[task]) for task in (CLEAN, ATTACKED))
+    clean, attacked = (_suspicion(defended[kind]) for kind in _tasks(on))
     page = _template().render(
         headings=HEADINGS,
         table=table_rows(records),
         attack=settings,
         attack_name=attack_title(settings),
-        largest=figures["smoothguard"][ATTACKED]["largest_linf_in_grey_levels"].value,
+        budget=budget_of(settings),
+        medium=on.medium,
         config=config,
         figures=figures,
         slowdown=table_rows([by_name["plain"], by_name["smoothguard"]])[1][-1],
         percent=percent,
-        rates=rates_chart({name: figures[name][ATTACKED]["asr"] for name in figures}),
+        rates=rates_chart({name: figures[name]["attacked"]["asr"] for name in figures}),
         roc=roc_chart(clean, attacked, figures["smoothguard"]),
         histogram=suspicion_chart(clean, attacked, config.num_samples - 1),
-        samples=[_shown(gallery, plain[ATTACKED][n], defended[ATTACKED][n], n, n % step != 0) for n in chosen],
+        samples=[_shown(gallery, plain["attacked"][n], defended["attacked"][n], n, n % step != 0) for n in chosen],
         step=step,
-        lost=sum(_lost(sample) for sample in defended[ATTACKED]),
+        lost=sum(_lost(sample) for sample in defended["attacked"]),
         lost_shown=LOST,
-        count=len(defended[ATTACKED]),
+        count=len(defended["attacked"]),
         commands=[record.command for record in records],
         environment={**by_name["smoothguard"].environment, **by_name["smoothguard"].versions},
     )
@@ -94,8 +97,12 @@ def logged_defense(directory: Path) -> SmoothGuardConfig:
     return config
 
 
-def _samples(directory: Path, name: str) -> dict[str, list[Sample]]:
-    return {task: load_samples(directory / name, task) for task in (CLEAN, ATTACKED)}
+def _tasks(on: Embedded) -> dict[str, str]:
+    return {"clean": on.clean, "attacked": on.attacked}
+
+
+def _samples(directory: Path, on: Embedded) -> dict[str, list[Sample]]:
+    return {kind: load_samples(directory, task) for kind, task in _tasks(on).items()}
 
 
 def _suspicion(samples: Sequence[Sample]) -> list[float]:
@@ -109,7 +116,7 @@ def _lost(sample: Sample) -> bool:
 
 def _shown(gallery: Gallery, plain: Sample, defended: Sample, number: int, is_extra: bool) -> dict[str, Any]:
     """What the template says of one sample."""
-    pictures = gallery.of(defended)
+    exhibits = gallery.of(defended)
     answers, groups = groups_of(defended)
     fooled, lost = not is_right(plain, plain.answer), _lost(defended)
     if lost:
@@ -125,10 +132,16 @@ def _shown(gallery: Gallery, plain: Sample, defended: Sample, number: int, is_ex
         "target": plain.target,
         "outcome": outcome,
         "outcome_kind": "lost" if lost else "won" if fooled and is_right(defended, defended.answer) else "calm",
-        "images": {name: data_uri(getattr(pictures, name)) for name in ("clean", "adversarial", "difference", "noisy")},
-        "size": pictures.clean.shape[1::-1],
-        "magnified": pictures.magnified,
-        "linf": 255 * defended.info["attack_linf"],
+        "exhibits": {
+            kind: {
+                "picture": data_uri(one.picture),
+                "size": one.picture.shape[1::-1],
+                "clip": None if one.clip is None else _uri("audio/wav", one.clip),
+            }
+            for kind, one in exhibits.by_kind.items()
+        },
+        "magnified": exhibits.magnified,
+        "change": exhibits.change,
         "clean_answer": _said(defended, defended.info["clean_answer"]),
         "plain_answer": _said(plain, plain.answer),
         "answer": _said(defended, defended.answer),
@@ -150,7 +163,11 @@ def data_uri(pixels: np.ndarray) -> str:
     """A picture (height, width, 3) of uint8 as `data:image/png;base64,...`."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return _uri("image/png", buffer.getvalue())
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def _template() -> Any:

@@ -9,7 +9,7 @@ from lmms_smoothguard.evaluation.figures import Figure
 from lmms_smoothguard.evaluation.records import Record, TaskRecord
 from lmms_smoothguard.evaluation.titles import attack_title
 from lmms_smoothguard.report.documents import base_task, is_embedded
-from lmms_smoothguard.report.experiments import CLEAN
+from lmms_smoothguard.report.experiments import HEARING, SEEING
 
 HEADINGS = (
     "defence",
@@ -87,10 +87,14 @@ def _task_note(record: Record) -> str:
         ends = (stored.attack.settings["name"], *(["eot"] if stored.attack.adaptive else []))
         base = next((first.removesuffix(f"_{end}") for end in ends if first.endswith(f"_{end}")), first)
     notes = {
-        CLEAN: "",
+        SEEING.clean: "",
+        HEARING.clean: "",
         "shapes_pope_faint": " (faint scenes)",
+        "sounds_pope_faint": " (faint sounds)",
         "shapes_caption": " (captions)",
+        "sounds_caption": " (captions)",
         "shapes_safety": " (requests)",
+        "sounds_safety": " (requests)",
     }
     return notes.get(base, f" ({base})")
 
