@@ -38,10 +38,13 @@ results: $(INSTALLED)
 	$(BIN)/python benchmarks/smoothing_pages.py
 	$(BIN)/python benchmarks/readme_tables.py
 
-# The tables of docs/sounds.md: an hour on two cores, where none of their result files are there.
+# The tables of docs/sounds.md, and the README's: two hours on two cores, where none of their result files are there.
 sounds: $(INSTALLED)
 	$(BIN)/smoothguard sweep --preset audio --out benchmarks/results --cache runs/results/cache
+	$(BIN)/smoothguard results --sounds
+	test -e benchmarks/results/sound_cost.json || $(BIN)/python benchmarks/sound_cost.py
 	$(BIN)/python benchmarks/sound_pages.py
+	$(BIN)/python benchmarks/readme_tables.py
 
 # The table of feature smoothing, its certificates and their curves: hours on two cores, where none of its result files are there.
 smoothing: $(INSTALLED)

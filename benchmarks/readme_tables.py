@@ -24,7 +24,7 @@ from lmms_smoothguard.report.smoothed_table import attacks_markdown, certificate
 from lmms_smoothguard.report.tables import attacks_table, markdown_table
 from lmms_smoothguard.sweeps.presets import README as SWEEPS
 from lmms_smoothguard.sweeps.records import PointRecord, read_sweep
-from lmms_smoothguard.sweeps.tables import votes_table
+from lmms_smoothguard.sweeps.tables import sigma_table, votes_table
 from peers.table import markdown as parity
 from smoothed_findings import smoothed_findings
 from timing.table import markdown as costs
@@ -91,6 +91,9 @@ def filled(text: str) -> str:
         text = _with_block(text, "load", _load(stored("proxy_load")))
     if _exists("startup"):
         text = _with_block(text, "startup", _startup(stored("startup")))
+    if _exists("audio_sigma") and _exists("audio_sigma_eot"):
+        heard = sigma_table(*(read_sweep(RESULTS / f"audio_sigma{form}.json") for form in ("", "_eot")), both=True)
+        text = _with_block(text, "sounds", heard)
     measured = [name for name in ("bench", "bench_cuda") if _exists(name)]
     text = _with_block(text, "bench", costs(*map(stored, measured)))
     return _with_block(text, "parts", parts_markdown(*map(stored, measured)))

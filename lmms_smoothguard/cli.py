@@ -146,11 +146,12 @@ def results(
     to: Annotated[Path, typer.Option(help="Directory of the result files.")] = Path("benchmarks/results"),
     only: Annotated[list[str] | None, typer.Option(help="Run this experiment alone, anew; may be repeated.")] = None,
     smoothing: Annotated[bool, typer.Option("--smoothing", help="Those of the feature-smoothing table alone.")] = False,
+    sounds: Annotated[bool, typer.Option("--sounds", help="The certificates of answers about sounds alone.")] = False,
 ) -> None:
     """Make every result file that is missing: the published default, other budgets, ablations, adaptive attacks, certificates."""
     from lmms_smoothguard.report.demo import run_results
 
-    run_results(out, to, only or (), smoothing=smoothing)
+    run_results(out, to, only or (), smoothing=smoothing, sounds=sounds)
 
 
 app.command()(sweep)

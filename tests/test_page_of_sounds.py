@@ -112,7 +112,7 @@ def test_the_noisy_clip_is_what_the_model_heard(tmp_path, monkeypatch):
 
 
 def test_a_demo_of_no_embedded_model_and_one_over_anothers_are_refused(directory):
-    with pytest.raises(ConfigError, match="model is 'tiny-video'; .*tiny-llava"):
+    with pytest.raises(ConfigError, match=r"model is .tiny-video'; .*tiny-llava"):
         run_demo(directory, 2, "tiny-video")
     with pytest.raises(
         ConfigError, match="has the demo of tiny-audio; expected another directory for that of tiny-llava"
@@ -124,7 +124,7 @@ def test_a_sound_that_is_not_the_runs_is_refused(tmp_path):
     write_runs(tmp_path, count=2, on=HEARING)
     for log in tmp_path.rglob("*_samples_sounds_pope_pgd.jsonl"):
         log.write_text(log.read_text().replace('"attack_linf": 0.0009765625', '"attack_linf": 0.01'))
-    with pytest.raises(SmoothGuardError, match="the adversarial sound of sounds_pope_pgd.* but its log says 0.01000"):
+    with pytest.raises(SmoothGuardError, match=r"the adversarial sound of sounds_pope_pgd.* but its log says 0.01000"):
         run_report(tmp_path)
 
 

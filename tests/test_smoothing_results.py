@@ -16,10 +16,18 @@ from lmms_smoothguard.errors import SmoothGuardError
 from lmms_smoothguard.evaluation.figures import Figure
 from lmms_smoothguard.evaluation.records import read_record
 from lmms_smoothguard.report import demo
-from lmms_smoothguard.report.smoothed import ADAPTIVE, CERTIFICATIONS, CERTIFIED, ROWS, SMOOTHED
+from lmms_smoothguard.report.smoothed import (
+    ADAPTIVE,
+    CERTIFICATIONS,
+    CERTIFICATIONS_OF_SOUNDS,
+    CERTIFIED,
+    ROWS,
+    SMOOTHED,
+)
 from lmms_smoothguard.report.smoothed_table import attacks_markdown, certificates_markdown
 from lmms_smoothguard.smoothing.config import FeatureSmoothingConfig
 from lmms_smoothguard.tiny.clip_model import PROMPT
+from lmms_smoothguard.tiny.sounds.clips import RATE, SECONDS
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
@@ -59,6 +67,18 @@ def _value(text):
 
 @pytest.mark.parametrize("certification", CERTIFICATIONS, ids=lambda one: one.name)
 def test_every_certification_is_a_command_line(certification, monkeypatch):
+    run = asked_by(certification, monkeypatch)
+    served = 0.2 if run.what == "answers" else 0.3  # SmoothGuard's noise, feature smoothing's
+    radii = (0.1, 0.25, 0.5) if run.what == "features" else (0.01, 0.025, 0.05, 0.1, 0.25, 0.5)
+    assert (run.sigma, run.alpha, run.radii) == (served, 0.001, radii)
+    assert run.prompts == (PROMPT,)  # of which tiny-clip was taught
+    about = next(about for about, features, votes in CERTIFIED if certification.name in (features, votes))
+    assert (run.booster is not None) == ("P" in about.replace("SmoothGuard", "") and "+" in about)
+    assert (run.vision_tower is not None) == ("FARE" in about)
+
+
+def asked_by(certification, monkeypatch):
+    """What the command line asks for."""
     asked = []
     monkeypatch.setattr(
         "lmms_smoothguard.certifying.run.run_certify", lambda run, command: asked.append(run) or (None, [])
@@ -68,13 +88,7 @@ def test_every_certification_is_a_command_line(certification, monkeypatch):
     app.command()(certify)
     app([*certification.arguments, "--out", "somewhere"], standalone_mode=False)
     (run,) = asked
-    served = 0.2 if run.what == "answers" else 0.3  # SmoothGuard's noise, feature smoothing's
-    radii = (0.1, 0.25, 0.5) if run.what == "features" else (0.01, 0.025, 0.05, 0.1, 0.25, 0.5)
-    assert (run.sigma, run.alpha, run.radii) == (served, 0.001, radii)
-    assert run.prompts == (PROMPT,)  # of which tiny-clip was taught
-    about = next(about for about, features, votes in CERTIFIED if certification.name in (features, votes))
-    assert (run.booster is not None) == ("P" in about.replace("SmoothGuard", "") and "+" in about)
-    assert (run.vision_tower is not None) == ("FARE" in about)
+    return run
 
 
 def test_only_what_is_missing_is_run(tmp_path, monkeypatch):
@@ -92,6 +106,20 @@ def test_only_what_is_missing_is_run(tmp_path, monkeypatch):
     assert ran == ["fs", "certified_fs"]
     with pytest.raises(SmoothGuardError, match="unknown experiment 'fs'"):
         demo.run_results(tmp_path, tmp_path, ["fs"])
+    ran.clear()
+    demo.run_results(tmp_path, tmp_path, sounds=True)
+    assert ran == ["certified_sounds_0.02", "certified_sounds_0.08"]
+    with pytest.raises(SmoothGuardError, match="both --smoothing and --sounds"):
+        demo.run_results(tmp_path, tmp_path, smoothing=True, sounds=True)
+
+
+@pytest.mark.parametrize("certification", CERTIFICATIONS_OF_SOUNDS, ids=lambda one: one.name)
+def test_the_certificates_of_sounds_reach_as_far_as_the_attack(certification, monkeypatch):
+    """The largest radius is the L2 norm of the standard attack's budget in every sample of a clip."""
+    run = asked_by(certification, monkeypatch)
+    assert certification.name == f"certified_sounds_{run.sigma:g}"
+    assert (run.what, run.alpha, run.limit, run.data) == ("answers", 0.001, 100, "sounds_pope")
+    assert run.radii[-1] == pytest.approx(0.001 * (SECONDS * RATE) ** 0.5, abs=1e-3)
 
 
 def test_the_tables_cells_are_the_records_figures():

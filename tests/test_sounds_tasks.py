@@ -18,10 +18,10 @@ from PIL import Image
 
 from lmms_smoothguard.attacks.cache import AttackCache
 from lmms_smoothguard.errors import AttackError, ConfigError
-from lmms_smoothguard.harness.lmms_eval import attacking, instances, planning, universal
+from lmms_smoothguard.harness.lmms_eval import ears, instances, planning
 from lmms_smoothguard.harness.lmms_eval.discovery import tasks_path
 from lmms_smoothguard.harness.options import Options
-from lmms_smoothguard.harness.recording import recorded
+from lmms_smoothguard.harness.recording import PlainPass, recorded
 from lmms_smoothguard.inputs.carried import CLIPS
 from lmms_smoothguard.sounds import PCM, Sound, sound_of
 from lmms_smoothguard.tiny.sounds.clips import LENGTH, RATE
@@ -29,10 +29,11 @@ from lmms_smoothguard.tiny.sounds.clips import LENGTH, RATE
 TASKS = {
     "sounds_pope", "sounds_pope_faint", "sounds_caption", "sounds_safety", "sounds_pope_pgd", "sounds_pope_pgd_snr",
     "sounds_pope_eot", "sounds_caption_pgd", "sounds_caption_eot", "sounds_safety_pgd",
+    "sounds_safety_universal",
 }  # fmt: skip
 PICTURE = Image.new("RGB", (8, 8))
 EPS = 0.001
-EAR = planning.Ear(RATE, LENGTH)
+EAR = ears.Ear(RATE, LENGTH)
 
 
 @pytest.fixture(scope="module")
@@ -133,12 +134,12 @@ def test_a_sound_that_the_wrapper_would_cut_is_refused():
     assert len(plan([{"media": [cell(whole)]}], **PGD)[0]) == 1
     with pytest.raises(AttackError, match=r"made\[0\], sound 2 is 2.00 seconds long, and the model hears 2 at a time"):
         plan([{"media": [cell(whole), cell(longer)]}], **PGD)
-    assert len(plan([{"media": [cell(longer)]}], ear=planning.Ear(RATE, None), **PGD)[0]) == 1
+    assert len(plan([{"media": [cell(longer)]}], ear=ears.Ear(RATE, None), **PGD)[0]) == 1
 
 
 def test_a_model_that_does_not_hear_is_refused():
     (sound,) = miniatures.recordings(1)
-    assert planning.Ear.of(SimpleNamespace(image_processor=object())) is None
+    assert ears.Ear.of(SimpleNamespace(image_processor=object())) is None
     with pytest.raises(AttackError, match=r"made\[0\], sound 1: the model's processor shows no feature extractor"):
         plan([{"media": [cell(sound)]}], ear=None, **PGD)
 
@@ -152,9 +153,6 @@ def test_attacks_on_pictures_and_budgets_of_pictures_are_refused():
         plan(docs, name="pgd")
     with pytest.raises(ConfigError, match="a budget of sounds, and the request has pictures"):
         plan([{"media": [PICTURE]}], name="pgd", norm="l2", snr=40)
-    wrapper, requests = requested(docs)
-    with pytest.raises(AttackError, match=r"made\[0\] has a sound, and attack=universal makes one picture"):
-        universal._plan(wrapper, requests[0], options(name="universal", corpus="none.csv"))
 
 
 def test_a_broken_sound_is_named():
@@ -216,20 +214,22 @@ def test_features_tell_clean_answers_apart_and_the_clips_beside_them_do_not(tmp_
 
 
 def test_a_wrapper_that_changes_its_sounds_is_refused():
+    class Wrapper:
+        """Whatever its processor is given."""
+
     (sound,) = miniatures.recordings(1)
-    wrapper, (request,) = requested([{"media": [cell(sound)]}])
-    ((one,), _) = planning.plan(wrapper, [request], options(**PGD), EAR)
     halves = tuple(np.array_split(sound.samples, 2))
-    plain = attacking.PlainPass(inputs={"input_features": torch.zeros(1)}, clips=halves)
+    plain = PlainPass(inputs={"input_features": torch.zeros(1)}, clips=halves)
     with pytest.raises(
-        AttackError, match=r"gave its processor sounds of 6400, 6400 samples for made\[0\], whose own have 12800"
+        AttackError,
+        match=r"Wrapper gave its processor sounds of 6400, 6400 samples for made\[0\], whose own have 12800",
     ):
-        attacking._check_heard("Cuts", one, plain)
+        ears.check_heard(Wrapper(), "made[0]", [sound], plain)
     plain.clips = (sound.samples,)
-    attacking._check_heard("Leaves", one, plain)
+    ears.check_heard(Wrapper(), "made[0]", [sound], plain)
     plain.inputs = {"pixel_values": torch.zeros(1)}
-    with pytest.raises(AttackError, match=r"Deaf gave generate\(\) no input_features"):
-        attacking._check_heard("Deaf", one, plain)
+    with pytest.raises(AttackError, match=r"Wrapper gave generate\(\) no input_features"):
+        ears.check_heard(Wrapper(), "made[0]", [sound], plain)
 
 
 # -- our tasks ---------------------------------------------------------------------------------------------------------

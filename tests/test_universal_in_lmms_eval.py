@@ -14,6 +14,7 @@ pytest.importorskip("lmms_eval")
 from lmms_eval.api.instance import Instance
 from PIL import Image
 
+from lmms_smoothguard.attacks.corpus import corpus_of
 from lmms_smoothguard.attacks.universal_crafter import UniversalCrafter
 from lmms_smoothguard.errors import AttackError
 from lmms_smoothguard.harness.lmms_eval import instances, universal
@@ -95,7 +96,7 @@ def test_a_question_of_the_corpus_is_not_scored_with_it(options, doc, simple):
 def test_other_questions_pass_and_empty_instructions_match_nothing(options):
     wrapper, request = made({"question": "Undo it now.", "note": ""}, True)
     plan = universal._plan(wrapper, request, options)
-    universal._refuse_known_questions(wrapper, universal.corpus_of(plan.attack.settings), [plan])
+    universal.refuse_known_questions(wrapper, corpus_of(plan.attack.settings), [plan])
 
 
 def test_only_universal_requests_are_taken_out(options):

@@ -50,8 +50,8 @@ class AttackRun:
                 raise ConfigError(f"{field} is {value!r}; expected a whole number of at least 1")
         if self.attack.name == "universal":
             raise ConfigError(
-                "attack is 'universal', one change for all images, which `smoothguard attack` cannot share out; expected an attack "
-                "on each image, such as pgd"
+                "attack is 'universal', one change for all images or sounds, which `smoothguard attack` cannot share out; "
+                "expected an attack on each, such as pgd, or lmms-eval's attack=universal"
             )
         if self.targeted and self.attack.target is not None:
             raise ConfigError(

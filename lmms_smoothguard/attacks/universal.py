@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
 from types import MappingProxyType
 from typing import Any
 
@@ -13,12 +14,13 @@ import numpy as np
 import torch
 
 from lmms_smoothguard.attacks.base import Attack, value_and_gradients
-from lmms_smoothguard.attacks.corpus import load_corpus
+from lmms_smoothguard.attacks.corpus import corpus_of
 from lmms_smoothguard.attacks.files import load_picture
 from lmms_smoothguard.attacks.media import SOUNDS, Medium, Slots, medium_of
 from lmms_smoothguard.attacks.objective import Threat
 from lmms_smoothguard.attacks.pictures import Objective, Progress
 from lmms_smoothguard.attacks.settings import AttackSettings
+from lmms_smoothguard.attacks.universal_clips import load_clips
 from lmms_smoothguard.errors import AttackError, ConfigError, did_you_mean
 from lmms_smoothguard.sounds import Sound
 
@@ -31,16 +33,22 @@ class UniversalOptions:
     """corpus: where the pairs of instruction and response stand (`corpus.load_corpus`); base: path of the picture to start
     from, None = mid-grey; size: side of the grey square, None = what the model's image processor asks for; batch: pairs a
     step; optimizer: "sign" (signed gradients, as Qi et al.) or "adam", both with a step that falls to a tenth. Sounds have
-    neither base nor size: what is made is a change, as long as what the model hears at once, to be added to any clip."""
+    neither base nor size: what is made is a change, as long as what the model hears at once, to be added to any clip; clips: where
+    those stand that it is learnt on (`universal_clips.load_clips`), for a corpus that names none of its own."""
 
     corpus: str | None = None
     base: str | None = None
     size: int | None = None
     batch: int = 8
     optimizer: str = "sign"
+    clips: str | None = None
 
     def __post_init__(self) -> None:
-        for name, expected in (("corpus", "a file or a Hugging Face data set"), ("base", "the path of a picture")):
+        for name, expected in (
+            ("corpus", "a file or a Hugging Face data set"),
+            ("base", "the path of a picture"),
+            ("clips", "a sound file, a folder of them, or a table with a column of sounds"),
+        ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value.strip()):
                 raise ConfigError(f"attack {name} is {value!r}; expected {expected}")
@@ -49,6 +57,11 @@ class UniversalOptions:
                 raise ConfigError(f"attack {name} is {value!r}; expected a whole number of at least 1")
         if self.base is not None and self.size is not None:
             raise ConfigError(f"attack size is {self.size!r}, but base {self.base!r} has a size; expected one of them")
+        if self.clips is not None and (self.base is not None or self.size is not None):
+            raise ConfigError(
+                f"attack clips is {self.clips!r}, of sounds, and base is {self.base!r} and size {self.size!r}, of pictures; expected "
+                "those of one medium"
+            )
         if self.optimizer not in OPTIMIZERS:
             raise ConfigError(
                 f"attack optimizer is {self.optimizer!r}; {did_you_mean(str(self.optimizer), OPTIMIZERS)}"
@@ -83,10 +96,11 @@ class Universal(Attack):
 
     @classmethod
     def content(cls, settings: AttackSettings) -> Mapping[str, Any]:
-        """The corpus and the picture it starts from."""
-        own = settings.options
-        found: dict[str, Any] = {"corpus": [list(pair) for pair in corpus_of(settings)]}
-        return found | ({} if own.base is None else {"base": load_picture(own.base, "base")})
+        """The corpus, and the picture it starts from or the digests of the clips it is learnt on."""
+        own, pairs = settings.options, corpus_of(settings)
+        found: dict[str, Any] = {"corpus": [pair.content for pair in pairs]}
+        clips = None if own.clips is None else [sha256(clip).hexdigest() for clip in load_clips(own.clips, len(pairs))]
+        return found | {"clips": clips} | ({} if own.base is None else {"base": load_picture(own.base, "base")})
 
     def objective(self, threat: Threat) -> Objective:
         """Refused: a request has no picture or sound of its own here."""
@@ -166,18 +180,16 @@ class Minibatches:
         return list(drawn.values())
 
 
-def corpus_of(settings: AttackSettings) -> tuple[Any, ...]:
-    """The corpus that settings name. Raises ConfigError where they name none."""
-    if settings.options.corpus is None:
-        raise ConfigError(
-            "attack=universal has no corpus; expected attack_corpus=<file or data set of instruction and response>"
-        )
-    return load_corpus(settings.options.corpus)
-
-
 def base_picture(settings: AttackSettings, processor: Any) -> np.ndarray:
-    """(height, width, 3) uint8: the picture that the search starts from and its budget is measured from."""
+    """(height, width, 3) uint8: the picture that the search starts from and its budget is measured from.
+
+    Raises ConfigError for settings of sounds.
+    """
     own = settings.options
+    if own.clips is not None:
+        raise ConfigError(
+            f"attack clips is {own.clips!r}, of sounds, and what is asked has none; expected no clips for a picture"
+        )
     if own.base is not None:
         return load_picture(own.base, "base")
     height, width = (own.size, own.size) if own.size is not None else _native_size(processor)

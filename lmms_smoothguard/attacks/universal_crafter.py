@@ -66,10 +66,12 @@ class UniversalCrafter(Crafter):
         return self._cache.put(key, [picture], record | {"rendering_gap": gaps[0], "corpus_size": len(lessons)})
 
     def _universal_key(self, settings: AttackSettings, base: np.ndarray, lessons: Sequence[Lesson]) -> str:
+        parts = settings_parts(settings)
+        parts.pop("content of clips", None)  # a picture is learnt on none
         return content_key(
             format=FORMAT,
             kind="universal",
-            **settings_parts(settings),
+            **parts,
             code=plugins.provenance("attacks", settings.name),
             model=self.fingerprint,
             randomness=self._known_randomness(settings.eot),

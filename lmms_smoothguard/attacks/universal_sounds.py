@@ -14,11 +14,13 @@ from lmms_smoothguard.attacks.cache import FORMAT, Entry, content_key
 from lmms_smoothguard.attacks.craft import Job, settings_parts
 from lmms_smoothguard.attacks.media import Slots
 from lmms_smoothguard.attacks.objective import InnerDraws, Threat
+from lmms_smoothguard.attacks.pictures import distances
 from lmms_smoothguard.attacks.rendering import Rendering
 from lmms_smoothguard.attacks.settings import AttackSettings
-from lmms_smoothguard.attacks.sound_clips import in_16_bits, sound_of_row, sound_slots
+from lmms_smoothguard.attacks.sound_clips import decibels_apart, in_16_bits, sound_of_row, sound_slots
 from lmms_smoothguard.attacks.sound_rendering import FEATURES, SoundRenderer
-from lmms_smoothguard.attacks.universal import Minibatches, added
+from lmms_smoothguard.attacks.universal import Minibatches, added, with_change
+from lmms_smoothguard.attacks.universal_clips import check_medium_of
 from lmms_smoothguard.attacks.universal_crafter import (
     CorpusLoss,
     Lesson,
@@ -27,7 +29,7 @@ from lmms_smoothguard.attacks.universal_crafter import (
     prompts_of,
     shapes_of,
 )
-from lmms_smoothguard.errors import AttackError, ConfigError
+from lmms_smoothguard.errors import AttackError
 from lmms_smoothguard.sounds import Sound
 
 
@@ -50,11 +52,7 @@ class UniversalSoundCrafter(UniversalCrafter):
             raise AttackError("a universal attack has nothing to learn from; expected at least one pair")
         if not all(lesson.sounds for lesson in lessons):
             raise AttackError("a lesson has no sound; expected the clips that it is asked with")
-        if settings.options.base is not None or settings.options.size is not None:
-            raise ConfigError(
-                f"attack base is {settings.options.base!r} and size {settings.options.size!r}, of a picture; expected neither for "
-                "sounds, whose change is added to any clip"
-            )
+        check_medium_of(settings)
         for lesson in lessons:
             Job(settings, (), lesson.inputs, lesson.answer, lesson.sounds).check()
         key = self._change_key(settings, lessons)
@@ -72,6 +70,26 @@ class UniversalSoundCrafter(UniversalCrafter):
         found, record = self._searched(settings, corpus, silence, sounds=True)
         record |= {"rate": first.rate, "rendering_gap": max(gaps), "corpus_size": len(lessons)}
         return self._cache.put(key, (), record, [sound_of_row(found[0][0], first.rate)])
+
+    def changed(self, change: Entry, clips: Sequence[Sound]) -> Entry:
+        """The entry of one request's clips, in 16-bit steps, with the change of another entry on each; distances are its own."""
+        key = content_key(
+            format=FORMAT,
+            kind="universal sound, added",
+            change=change.key,
+            clips=tuple(clip.pcm for clip in clips),
+            rates=[clip.rate for clip in clips],
+        )
+        entry = self._cache.get(key)
+        if entry is not None:
+            return entry
+        (what,) = change.sounds
+        made = [with_change(clip, what) for clip in clips]
+        cpu = torch.device("cpu")
+        new, old = sound_slots([made], cpu), sound_slots([clips], cpu)
+        told = ("attack", "model", "randomness", "rendering_gap", "seconds", "rate")
+        record = {name: change.record[name] for name in told} | distances(new, old)[0]
+        return self._cache.put(key, (), record | {"snr_db": decibels_apart(new, old)[0], "change": change.key}, made)
 
     def _change_key(self, settings: AttackSettings, lessons: Sequence[SoundLesson]) -> str:
         return content_key(

@@ -19,11 +19,12 @@ from lmms_smoothguard.tiny.clip_testsets import write_certified_sets
 
 def run_certification(certification: Certification, out: Path, results: Path) -> CertificateRecord:
     """Runs it in a process of its own and keeps its record. Raises SmoothGuardError when it fails."""
-    data = out / "data"
-    write_certified_sets(data)
-    model, name, *options = certification.arguments
+    model, data, *options = certification.arguments
+    if certification.generated:
+        write_certified_sets(out / "data")
+        data = str(out / "data" / f"{data}.parquet")
     directory = out / certification.name
-    command = ["certify", model, str(data / f"{name}.parquet"), *options, "--out", str(directory)]
+    command = ["certify", model, data, *options, "--out", str(directory)]
     done = subprocess.run([sys.executable, "-m", "lmms_smoothguard", *command], check=False)
     if done.returncode:
         raise SmoothGuardError(

@@ -13,7 +13,7 @@ from lmms_smoothguard.evaluation.runs import load_samples
 from lmms_smoothguard.report.certified import run_certification
 from lmms_smoothguard.report.experiments import HEARING, SEEING, Experiment, run, summarize
 from lmms_smoothguard.report.page import write_page
-from lmms_smoothguard.report.smoothed import CERTIFICATIONS, SMOOTHED
+from lmms_smoothguard.report.smoothed import CERTIFICATIONS, CERTIFICATIONS_OF_SOUNDS, SMOOTHED, Certification
 from lmms_smoothguard.report.stronger import STRONGER
 from lmms_smoothguard.report.tables import print_table
 
@@ -117,12 +117,22 @@ def run_report(directory: Path) -> Path:
     return write_page(directory, records, demo[0].on)
 
 
-def run_results(out: Path, results: Path, only: Sequence[str] = (), *, smoothing: bool = False) -> None:
+def run_results(
+    out: Path, results: Path, only: Sequence[str] = (), *, smoothing: bool = False, sounds: bool = False
+) -> None:
     """Runs every experiment that has no result file yet, or those in `only` whether or not they have one, and writes records and
-    samples to `results`. smoothing: those of the feature-smoothing table alone, its certificates among them.
+    samples to `results`. smoothing: those of the feature-smoothing table alone, its certificates among them; sounds: the certificates
+    of answers about sounds alone. Raises SmoothGuardError for both of them, and for names that are not among what is asked for.
     """
+    if smoothing and sounds:
+        raise SmoothGuardError("results has both --smoothing and --sounds; expected one of them at a time")
     results.mkdir(parents=True, exist_ok=True)
-    experiments, certifications = (SMOOTHED, CERTIFICATIONS) if smoothing else (EXPERIMENTS, ())
+    experiments: tuple[Experiment, ...] = EXPERIMENTS
+    certifications: tuple[Certification, ...] = ()
+    if smoothing:
+        experiments, certifications = SMOOTHED, CERTIFICATIONS
+    if sounds:
+        experiments, certifications = (), CERTIFICATIONS_OF_SOUNDS
     known = {one.name for one in experiments} | {one.name for one in certifications}
     if unknown := set(only) - known:
         raise SmoothGuardError(f"unknown experiment {sorted(unknown)[0]!r}; known: {', '.join(sorted(known))}")
@@ -136,7 +146,8 @@ def run_results(out: Path, results: Path, only: Sequence[str] = (), *, smoothing
     for certification in certifications:
         if wanted(certification.name):
             run_certification(certification, out, results)
-    print_table([read_record(path) for e in experiments if (path := results / f"{e.name}.json").exists()])
+    if experiments:
+        print_table([read_record(path) for e in experiments if (path := results / f"{e.name}.json").exists()])
 
 
 def _run(experiment: Experiment, out: Path) -> Run:

@@ -43,8 +43,12 @@ def certificates_markdown(records: Mapping[str, CertificateRecord]) -> str:
     """One line a certified smoothing: S and the certified cosine of features; below it, certified accuracy of classes and answers."""
     felt = {about: records[features] for about, features, _ in CERTIFIED if features in records}
     voted = {about: records[votes] for about, _, votes in CERTIFIED if votes in records}
-    tables = [_certified(found, of) for found, of in ((felt, _cosines), (voted, _votes)) if found]
-    return "\n\n".join(tables)
+    return "\n\n".join([*([_certified(felt, _cosines)] if felt else []), *([votes_markdown(voted)] if voted else [])])
+
+
+def votes_markdown(records: Mapping[str, CertificateRecord]) -> str:
+    """One line a certified vote, by what the table calls it: its accuracy, and what of that is certified within each radius."""
+    return _certified(records, _votes)
 
 
 _Cells = Callable[[Mapping[str, Figure], Sequence[float]], dict[str, str]]

@@ -32,8 +32,8 @@ def describe(record: SweepRecord) -> str:
     return f"{record.about}, {count} questions\n\n{markdown(heads, rows)}"
 
 
-def sigma_table(standard: SweepRecord, adaptive: SweepRecord | None) -> str:
-    """Against sigma: clean accuracy, ASR of the standard attack, and of the adaptive one where it was run."""
+def sigma_table(standard: SweepRecord, adaptive: SweepRecord | None, *, both: bool = False) -> str:
+    """Against sigma: clean accuracy, ASR of the standard attack, and of the adaptive one where it was run; both: these alone."""
     attacked = next(task for task, stored in standard.tasks.items() if stored.attack is not None)
     adapted = {} if adaptive is None else _by_name(adaptive)
     eot = None if adaptive is None else next(iter(adaptive.tasks))
@@ -41,6 +41,8 @@ def sigma_table(standard: SweepRecord, adaptive: SweepRecord | None) -> str:
     rows = []
     for point in (p for p in standard.points if p.main):
         twin = adapted.get(point.name)
+        if both and twin is None:
+            continue
         asr = None if adaptive is None or twin is None or eot is None else adaptive.figure(twin, eot, "asr")
         rows.append([
             f"{point.size:g}" if point.defense is not None else none,

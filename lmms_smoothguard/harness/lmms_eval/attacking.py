@@ -18,13 +18,14 @@ from PIL import Image
 from lmms_smoothguard.attacks.cache import AttackCache, Entry
 from lmms_smoothguard.attacks.craft import Job
 from lmms_smoothguard.attacks.goals import goal
-from lmms_smoothguard.attacks.universal_crafter import UniversalCrafter
+from lmms_smoothguard.attacks.universal_sounds import UniversalSoundCrafter
 from lmms_smoothguard.errors import AttackError
 from lmms_smoothguard.harness import ledger
-from lmms_smoothguard.harness.lmms_eval import universal
+from lmms_smoothguard.harness.lmms_eval import universal, universal_sounds
+from lmms_smoothguard.harness.lmms_eval.ears import Ear, check_heard
 from lmms_smoothguard.harness.lmms_eval.finishing import Finished, Finisher
 from lmms_smoothguard.harness.lmms_eval.instances import document_of, with_images, with_sounds
-from lmms_smoothguard.harness.lmms_eval.planning import Ear, Plan, plan
+from lmms_smoothguard.harness.lmms_eval.planning import Plan, plan
 from lmms_smoothguard.harness.options import Options
 from lmms_smoothguard.harness.recording import PlainPass, recorded
 from lmms_smoothguard.harness.summary import NO_ANSWER, NO_IMAGE, NO_SOUND, told_of
@@ -51,7 +52,9 @@ def attacked_requests(
     `quiet`: no progress bars.
     """
     together, others = universal.split(requests, options)
-    plans, bare = plan(wrapper, others, options, Ear.of(processor)) if others else ([], [])
+    together, heard_together = universal_sounds.split(wrapper, together, processor)
+    others, ear = [*others, *heard_together], Ear.of(processor)
+    plans, bare = plan(wrapper, others, options, ear) if others else ([], [])
     heard = {one.request.task_name for one in plans if one.sounds}
     made = {
         id(request): _bare(wrapper, request, NO_SOUND if request.task_name in heard else NO_IMAGE) for request in bare
@@ -62,8 +65,9 @@ def attacked_requests(
         raise AttackError(f"{type(wrapper).__name__} shows no processor; expected one to carry gradients to the media")
     tokenizer = getattr(processor, "tokenizer", None) or getattr(wrapper, "tokenizer", None)
     _check_targets(tokenizer, plans)
+    courses = universal_sounds.courses(wrapper, plans, ear)
     cache = AttackCache(options.attack_cache)
-    crafter = UniversalCrafter(model, processor, cache, options.defense, options.attack_batch_size, quiet)
+    crafter = UniversalSoundCrafter(model, processor, cache, options.defense, options.attack_batch_size, quiet)
     way = universal.OrdinaryWay(wrapper, model, crafter.fingerprint, cache, answer, quiet)
     shown = universal.shown_requests(way, together, options, crafter, processor, tokenizer) if together else []
     passes = _plain_passes(wrapper, plans, model, crafter.fingerprint, cache, answer, quiet)
@@ -73,8 +77,14 @@ def attacked_requests(
         made[id(request)] = _attacked(each.plan, each.plain, clean[id(request)], each.entry, each.arguments)
         if each.plan.images:  # distances are from the picture that the search started from, not from the sample's own
             made[id(request)].metadata[INFO]["attack_replaces_picture"] = True
+    changed = universal_sounds.changed(way, courses, crafter, tokenizer)
     jobs: list[tuple[Plan, PlainPass, Job]] = []
     for one, plain in passes:
+        if (found := changed.get(id(one.request))) is not None:
+            arguments = _adversarial(wrapper, one, found.entry)
+            made[id(one.request)] = _attacked(one, plain, clean[id(one.request)], found.entry, arguments)
+            made[id(one.request)].metadata[INFO].update(found.info)
+            continue
         job = _job(one, plain, clean[id(one.request)], tokenizer)
         if job is None:
             made[id(one.request)] = _left_out(wrapper, one.request, NO_ANSWER, plain.text, clean[id(one.request)])
@@ -129,26 +139,9 @@ def _plain_passes(
         with recorded(model, fingerprint, cache) as plain:
             plain.text = answer(request)
         if one.sounds:
-            _check_heard(type(wrapper).__name__, one, plain)
+            check_heard(wrapper, f"{one.request.task_name}[{one.request.doc_id}]", one.sounds, plain)
         passes.append((one, plain))
     return passes
-
-
-def _check_heard(wrapper: str, one: Plan, plain: PlainPass) -> None:
-    """What is crafted is crafted from the planned sounds: a processor that was given others would be shown something else."""
-    name = f"{one.request.task_name}[{one.request.doc_id}]"
-    if "input_features" not in plain.inputs:
-        raise AttackError(
-            f"{name} has sounds, and {wrapper} gave generate() no input_features; expected a model that hears"
-        )
-    given = [sound.samples for sound in one.sounds]
-    if plain.clips is None or [len(clip) for clip in plain.clips] == [len(clip) for clip in given]:
-        return
-    lengths = [f"{', '.join(str(len(clip)) for clip in clips)} samples" for clips in (plain.clips, given)]
-    raise AttackError(
-        f"{wrapper} gave its processor sounds of {lengths[0]} for {name}, whose own have {lengths[1]} at the model's rate; expected "
-        "them as they are, for an attack perturbs what the processor is given. This wrapper's sounds cannot be attacked."
-    )
 
 
 def _job(one: Plan, plain: PlainPass, clean: Finished, tokenizer: Any) -> Job | None:

@@ -42,6 +42,12 @@ def images_of(wrapper: Any, request: Instance) -> list[Image.Image]:
     return _media_of(wrapper, request, _is_image)
 
 
+def media_kinds(wrapper: Any, request: Instance) -> set[str]:
+    """Which a request has in memory, of `pictures` and `sounds`."""
+    found = _media_of(wrapper, request, lambda item: _is_image(item) or _is_sound(item))
+    return {"pictures" if _is_image(item) else "sounds" for item in found}
+
+
 def sounds_of(wrapper: Any, request: Instance) -> list[Sound]:
     """The request's own sounds, in order: those in memory, as arrays with a rate or as a decoder of torchcodec's.
 
@@ -94,9 +100,13 @@ def with_images(wrapper: Any, request: Instance, pictures: Sequence[Image.Image]
 
 
 def with_sounds(wrapper: Any, request: Instance, sounds: Sequence[Sound]) -> tuple[Any, ...]:
-    """The request's arguments with other sounds in the same places, as lmms-eval's wrappers take them."""
-    given = [{"array": sound.samples, "sampling_rate": sound.rate} for sound in sounds]
-    return _with_media(wrapper, request, given, _is_sound)
+    """The request's arguments with other sounds in the same places."""
+    return _with_media(wrapper, request, list(map(_given, sounds)), _is_sound)
+
+
+def _given(sound: Sound) -> dict[str, Any]:
+    """As lmms-eval's wrappers take it."""
+    return {"array": sound.samples, "sampling_rate": sound.rate}
 
 
 def _with_media(
@@ -149,17 +159,18 @@ def texts_of(wrapper: Any, request: Instance) -> list[str]:
     return [text for text in texts if isinstance(text, str)]
 
 
-def as_asked(wrapper: Any, request: Instance, text: str, picture: Image.Image) -> Instance:
-    """Another question about another picture, asked as a request is: its settings and system turns, one new token."""
+def as_asked(wrapper: Any, request: Instance, text: str, medium: Image.Image | Sound) -> Instance:
+    """Another question about another picture or sound, asked as a request is: its settings and system turns, one new token."""
     own: Callable[..., Any] = request.args[_place_of_media(wrapper)]
+    kind, item = ("audio", _given(medium)) if isinstance(medium, Sound) else ("image", medium)
 
     def messages(doc: Any, *args: Any, **kwargs: Any) -> Any:
         system = [message for message in own(doc, *args, **kwargs) if message["role"] == "system"]
-        content = [{"type": "image", "url": picture}, {"type": "text", "text": text}]
+        content = [{"type": kind, "url": item}, {"type": "text", "text": text}]
         return [*system, {"role": "user", "content": content}]
 
     swapped = [{**part, "max_new_tokens": 1} if isinstance(part, dict) else part for part in request.args]
     simple = getattr(wrapper, "is_simple", True)
-    swapped[_place_of_media(wrapper)] = (lambda doc, *args, **kwargs: [picture]) if simple else messages
+    swapped[_place_of_media(wrapper)] = (lambda doc, *args, **kwargs: [item]) if simple else messages
     swapped[0] = text
     return dataclasses.replace(request, arguments=tuple(swapped))

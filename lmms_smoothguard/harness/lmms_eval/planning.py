@@ -6,38 +6,22 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from lmms_eval.api.instance import Instance
 from PIL import Image
 
-from hf_integration.protecting import extractor_of
 from lmms_smoothguard.aggregation.verdict import normalize_answer
 from lmms_smoothguard.attacks.media import PICTURES, SOUNDS
 from lmms_smoothguard.errors import AttackError, did_you_mean
 from lmms_smoothguard.harness import ledger, sharding
+from lmms_smoothguard.harness.lmms_eval.ears import Ear, heard_as
 from lmms_smoothguard.harness.lmms_eval.finishing import PADDING
 from lmms_smoothguard.harness.lmms_eval.instances import document_of, has_media, images_of, reading, sounds_of
 from lmms_smoothguard.harness.options import Options, TaskAttack
 from lmms_smoothguard.sounds import Sound
 
 log = logging.getLogger(__name__)
-
-
-class Ear(NamedTuple):
-    """What a processor takes of a sound. rate: in Hz; longest: samples of its window, None where it has none."""
-
-    rate: int
-    longest: int | None
-
-    @classmethod
-    def of(cls, processor: Any) -> Ear | None:
-        """None for a processor that shows no feature extractor for sounds."""
-        extractor = extractor_of(processor)
-        if extractor is None:
-            return None
-        longest = getattr(extractor, "n_samples", None)
-        return cls(int(extractor.sampling_rate), None if longest is None else int(longest))
 
 
 @dataclass(frozen=True)
@@ -119,25 +103,9 @@ def _plan(wrapper: Any, request: Instance, attack: TaskAttack, options: Options,
     if asked is None and attack.target_field is not None:
         target = "".join(_texts(name, doc, "target_field", attack.target_field)[:1])
     right = () if target is not None or attack.label is None else _texts(name, doc, "label", attack.label)
-    heard = tuple(_heard(f"{name}, sound {number}", sound, ear) for number, sound in enumerate(sounds, start=1))
+    mend = "Shorten it, or leave the sample out with --offset and --limit."
+    heard = tuple(heard_as(f"{name}, sound {n}", sound, ear, mend) for n, sound in enumerate(sounds, start=1))
     return Plan(request, attack, doc, tuple(images), target, right, heard)
-
-
-def _heard(name: str, sound: Sound, ear: Ear | None) -> Sound:
-    """At the model's own rate, wrappers hand a sound on as it is. One that is longer than the model's window they cut, and the
-    question then is another one."""
-    if ear is None:
-        raise AttackError(
-            f"{name}: the model's processor shows no feature extractor with a sampling_rate; expected one, to carry gradients to "
-            "the samples. Use a model that hears, such as smoothguard_qwen2_audio"
-        )
-    there = sound.at(ear.rate)
-    if ear.longest is not None and len(there.samples) > ear.longest:
-        raise AttackError(
-            f"{name} is {there.seconds:.2f} seconds long, and the model hears {ear.longest / ear.rate:g} at a time: its wrapper cuts "
-            "it into several; expected sounds that are heard whole. Shorten it, or leave the sample out with --offset and --limit."
-        )
-    return Sound.from_pcm(there.pcm, there.rate)
 
 
 def _texts(name: str, doc: Mapping[str, Any], role: str, field: str) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,10 @@ from lmms_eval.api.instance import Instance
 from PIL import Image
 
 from lmms_smoothguard.attacks.cache import AttackCache, Entry
-from lmms_smoothguard.attacks.corpus import Pair
+from lmms_smoothguard.attacks.corpus import Pair, corpus_of
 from lmms_smoothguard.attacks.objective import answer_ids
 from lmms_smoothguard.attacks.settings import AttackSettings
-from lmms_smoothguard.attacks.universal import base_picture, corpus_of
+from lmms_smoothguard.attacks.universal import base_picture
 from lmms_smoothguard.attacks.universal_crafter import Lesson, UniversalCrafter
 from lmms_smoothguard.errors import AttackError
 from lmms_smoothguard.harness.lmms_eval.finishing import PADDING
@@ -25,7 +25,6 @@ from lmms_smoothguard.harness.lmms_eval.instances import (
     has_media,
     images_of,
     reading,
-    sounds_of,
     texts_of,
     with_images,
     with_picture_added,
@@ -78,7 +77,7 @@ def shown_requests(
         groups[one.attack.settings, one.request.task_name].append(one)
     for (settings, task), members in groups.items():
         _warn_of_replacing(task, members)
-        _refuse_known_questions(way.wrapper, corpus_of(settings), members)
+        refuse_known_questions(way.wrapper, corpus_of(settings), members)
     shown = []
     for (settings, _), members in groups.items():
         base = base_picture(settings, processor)
@@ -102,27 +101,36 @@ def _plan(wrapper: Any, request: Instance, options: Options) -> Plan:
     attack = options.attack_on(request.metadata)
     assert attack is not None
     name = f"{request.task_name}[{request.doc_id}]"
-    if not images and sounds_of(wrapper, request):
-        raise AttackError(
-            f"{name} has a sound, and attack=universal makes one picture for all requests; expected PIL images, or text alone. Use "
-            "an attack on each sound, such as attack=pgd"
-        )
     if not images and has_media(wrapper, request):
-        raise AttackError(f"{name} has media, but no picture in memory; expected PIL images, or text alone")
+        raise AttackError(
+            f"{name} has media, but no picture in memory; expected PIL images, sounds with their array and "
+            "sampling_rate, or text alone"
+        )
     return Plan(request, attack, doc, tuple(images), None, ())
 
 
-def _refuse_known_questions(wrapper: Any, pairs: Sequence[Pair], plans: Sequence[Plan]) -> None:
-    """A picture made from the very question it is scored on would say nothing of others."""
-    known = {_plainly(pair.instruction): pair.instruction for pair in pairs if pair.instruction}
+def refuse_known_questions(wrapper: Any, pairs: Sequence[Pair], plans: Sequence[Plan]) -> None:
+    """A picture, or a change of sounds, made from the very question it is scored on would say nothing of others: AttackError."""
+    known = instructions(pairs)
     for one in plans:
-        fields = [value for value in one.doc.values() if isinstance(value, str)]
-        for text in map(_plainly, [*texts_of(wrapper, one.request), *fields]):
-            if text in known:
-                raise AttackError(
-                    f"{one.request.task_name}[{one.request.doc_id}] asks {known[text]!r}, which is in the corpus of the universal "
-                    "attack; expected a corpus apart from what is evaluated. Take it out of the corpus."
-                )
+        if (asked := known_question(wrapper, known, one)) is not None:
+            raise AttackError(
+                f"{one.request.task_name}[{one.request.doc_id}] asks {asked!r}, which is in the corpus of the universal "
+                "attack; expected a corpus apart from what is evaluated. Take it out of the corpus."
+            )
+
+
+def instructions(pairs: Sequence[Pair]) -> dict[str, str]:
+    """Of a corpus, by how they are compared."""
+    return {_plainly(pair.instruction): pair.instruction for pair in pairs if pair.instruction}
+
+
+def known_question(wrapper: Any, known: Mapping[str, str], one: Plan) -> str | None:
+    """Which of `instructions` a request asks."""
+    fields = [value for value in one.doc.values() if isinstance(value, str)]
+    return next(
+        (known[text] for text in map(_plainly, [*texts_of(wrapper, one.request), *fields]) if text in known), None
+    )
 
 
 def _plainly(text: str) -> str:
@@ -143,8 +151,8 @@ class OrdinaryWay:
     def lessons(self, pairs: Sequence[Pair], base: Image.Image, template: Instance, tokenizer: Any) -> list[Lesson]:
         """The corpus as the wrapper asks it: the template's system turns and settings, the instruction, the base picture."""
         made = []
-        for pair in self._bar(pairs, "reading the corpus", "pair"):
-            plain = self._recorded(as_asked(self.wrapper, template, pair.instruction, base))
+        for pair in self.bar(pairs, "reading the corpus", "pair"):
+            plain = self.recorded(as_asked(self.wrapper, template, pair.instruction, base))
             ids = answer_ids(tokenizer, plain.inputs["input_ids"][0].tolist(), pair.response)
             made.append(Lesson(plain.inputs, tuple(ids)))
         return made
@@ -152,9 +160,9 @@ class OrdinaryWay:
     def shown(self, plans: Sequence[Plan], entry: Entry) -> list[Shown]:
         """Requests with the entry's picture, and the undefended answers to them as they were."""
         picture, made = Image.fromarray(entry.images[0]), []
-        for one in self._bar(plans, "clean answers", "sample"):
+        for one in self.bar(plans, "clean answers", "sample"):
             if one.images:
-                plain = self._recorded(one.request)
+                plain = self.recorded(one.request)
                 arguments = with_images(self.wrapper, one.request, [picture] * len(one.images))
             else:  # text alone is answered without a defence
                 plain = PlainPass(text=self.answer(one.request))
@@ -162,12 +170,14 @@ class OrdinaryWay:
             made.append(Shown(one, plain, arguments, entry))
         return made
 
-    def _recorded(self, request: Instance) -> PlainPass:
+    def recorded(self, request: Instance) -> PlainPass:
+        """The undefended pass of a request, of which a known answer comes from the cache."""
         with recorded(self.model, self.fingerprint, self.cache) as plain:
             plain.text = self.answer(request)
         return plain
 
-    def _bar(self, items: Sequence[Any], title: str, unit: str) -> Any:
+    def bar(self, items: Sequence[Any], title: str, unit: str) -> Any:
+        """The items, with a progress bar."""
         from tqdm import tqdm
 
         return tqdm(items, desc=title, unit=unit, disable=self.quiet)
