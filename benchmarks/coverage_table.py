@@ -24,15 +24,19 @@ PROBE = ROOT / "tests" / "tiny_models" / "probe.py"
 SHARE = 6  # types a process: what it imports takes longer than a type
 NOT_BUILT = {
     "fun_asr_nano": "its feature extractor needs torchaudio",
-    "granite_speech": "its feature extractor needs torchaudio",
+    "granite_speech": "its feature extractor needs torchaudio; `tests/test_sound_architectures.py` has it where there is one",
     "granite_speech_plus": "its feature extractor needs torchaudio",
     "mistral4": "the type maps to a model of text alone",
     "pi0": "gives actions, and has no `generate`: nothing of ours is called",
     "voxtral_realtime": "its processor needs mistral-common",
 }
-"""Types without a recipe, and why. What their requests hold is in the tests of `find_images`: `input_features` is refused."""
+"""Types that are left out, and why."""
+NOTES = {
+    "vibevoice_asr": "compared with its own noise off (`sample=False`): it draws some in every call, so no two of them are alike",
+}
+"""What goes for a whole row."""
 CHECKS = {
-    "one": "one image",
+    "one": "one",
     "several": "several",
     "batch": "a batch",
     "noise": "noise",
@@ -47,12 +51,16 @@ refuse every request; of the rest it is said below what is and what is not. None
 `make coverage` makes this page again. Each type is built at tiny size with random weights, by its real model and processor
 classes (`tests/tiny_models`); no figure of such a model is a result: what is shown is that the ways fit.
 
-- **one image, several, a batch**: every copy's answer is that of a separate, undefended call on its pixels, for one picture, two in
-  one row, and three rows with pictures of unequal size, each of which answers as it does alone.
+- **one, several, a batch**: every copy's answer is that of a separate, undefended call on its pixels, for one picture, two in
+  one row, and three rows with pictures of unequal size, each of which answers as it does alone. A type that only hears gets sounds
+  of unequal length instead, and a copy's separate call is on what the processor makes of the noisy waveforms. One that sees and
+  hears is asked about pictures here.
 - **noise**: a painted colour lies where the layout has its channels, every channel's noise is sigma / image_std within 5 %, and no
-  two patches or tiles of a picture share their noise.
-- **gradient**: the model's first decision has a gradient at the tensor that `generate` is given.
-- **attack**: so has an answer's loss at every picture, through the processor; not part of "defended throughout".
+  two patches or tiles of a picture share their noise. Noise on a sound is noise on its waveform (`clips`), of which features are
+  extracted again: its amplitude is audio_sigma within 5 %, no two copies share it, and the features are others.
+- **gradient**: the model's first decision has a gradient at the tensor that `generate` is given: pixels, or features of sounds.
+- **attack**: so has an answer's loss at every picture, through the processor, or at every waveform, through a differentiable copy
+  of its feature extractor that gives the same features; not part of "defended throughout".
 
 """
 
@@ -97,7 +105,7 @@ def page(result: dict[str, Any]) -> str:
     lines = [
         HEAD.format(green=count["green"], refused=count["refused"], total=len(rows), version=result["transformers"])
     ]
-    lines += ["| type | pixels | " + " | ".join(CHECKS.values()) + " |", "| --- " * (len(CHECKS) + 2) + "|"]
+    lines += ["| type | pixels or features | " + " | ".join(CHECKS.values()) + " |", "| --- " * (len(CHECKS) + 2) + "|"]
     notes: list[str] = []
     for kind, row in rows.items():
         if row["verdict"] == "not built":
@@ -113,6 +121,8 @@ def page(result: dict[str, Any]) -> str:
             if marks[-1] == "see below" and "refused" in said:
                 marks[-1] = "refused"
         lines.append(f"| {kind} | {layout} | " + " | ".join(marks) + " |")
+        if kind in NOTES:
+            notes.append(f"- **{kind}**: {NOTES[kind]}.")
         if row["verdict"] == "refused":
             notes.append(f"- **{kind}**, every request: {row['checks']['one'][:400]}")
             continue

@@ -150,13 +150,9 @@ class _Recorder:
         if not self._name or args:
             self._problem = f"{type(extractor).__name__} was called in a way that is not known"
             return
-        features = (
-            torch.as_tensor(np.asarray(made[self._name]))
-            if not hasattr(made[self._name], "detach")
-            else made[self._name]
-        )
-        heard = tuple(_heard(extractor, clip, kwargs) for clip in clips)
-        self._calls.append(Extraction(heard, dict(kwargs), features.detach().cpu()))
+        features = _tensor(made[self._name])
+        heard = _heard(extractor, clips, kwargs, lambda output: torch.equal(_tensor(output[self._name]), features))
+        self._calls.append(Extraction(heard, dict(kwargs), features))
 
     def attach(self, made: Any, maker: str) -> None:
         """Puts the clips beside the features, where a call gave any."""
@@ -189,15 +185,28 @@ def _separate(sounds: Any) -> list[np.ndarray]:
     return found
 
 
-def _heard(extractor: Any, clip: np.ndarray, options: Mapping[str, Any]) -> np.ndarray:
-    """As much of a clip as its features are made of: extractors of windows of set length drop the rest in silence."""
+def _tensor(values: Any) -> Any:
+    import torch
+
+    return values.detach().cpu() if hasattr(values, "detach") else torch.as_tensor(np.asarray(values))
+
+
+def _heard(
+    extractor: Any, clips: list[np.ndarray], options: Mapping[str, Any], same: Callable[[Any], bool]
+) -> tuple[np.ndarray, ...]:
+    """As much of the clips as their features are made of: some extractors drop what is beyond their window in silence, others give it
+    windows or frames too. No attribute tells which. same: whether an output has the features of the whole clips."""
     longest = getattr(extractor, "n_samples", None)
-    if longest is None or options.get("max_length") or not options.get("truncation", True):
-        return clip
-    if len(clip) > longest:
+    long = [] if longest is None else [clip for clip in clips if len(clip) > longest]
+    if not long or not options.get("truncation", True):
+        return tuple(clips)
+    cut = [clip[:longest] for clip in clips]
+    if not same(getattr(type(extractor), _PLAIN).__call__(extractor, cut, **options)):
+        return tuple(clips)
+    for clip in long:
         log.warning(
             "a sound of %.1f seconds is cut to the %.1f that its model hears",
             len(clip) / extractor.sampling_rate,
             longest / extractor.sampling_rate,
         )
-    return clip[:longest]
+    return tuple(cut)

@@ -236,6 +236,28 @@ def test_selection_and_estimation_see_different_noise(subject: Subject, monkeypa
     assert worker.certify(question, "digest")["certificate"] == made["certificate"]
 
 
+@pytest.mark.parametrize("sigma", [0.004, 0.3])
+def test_sounds_are_noised_at_the_certificates_sigma(sigma: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmms_smoothguard.evaluation.questions import Question
+    from lmms_smoothguard.inputs.carried import CarriedClips
+    from lmms_smoothguard.sounds import Sound
+
+    offsets: list[np.ndarray] = []
+    extract = CarriedClips.extract
+
+    def noted(self: CarriedClips, versions: Any) -> list[torch.Tensor]:
+        offsets.extend(noisy - clean for version in versions for noisy, clean in zip(version, self.clips, strict=True))
+        return extract(self, versions)
+
+    monkeypatch.setattr(CarriedClips, "extract", noted)
+    asked = CertifyRun(model="tiny-audio", data="-", out=Path("-"), what="answers", n=3, n_select=2, sigma=sigma)
+    sound = Sound((0.1 * np.random.default_rng(0).standard_normal(16000)).astype(np.float32), 16000)
+    made = AnswerWorker(asked, Subject("tiny-audio"), 2).certify(Question("q", (), "Is it loud?", sounds=(sound,)), "d")
+    assert made["certificate"]["sigma"] == sigma
+    assert len(offsets) == 3 + 2
+    assert [float(offset.std()) for offset in offsets] == pytest.approx([sigma] * 5, rel=0.05)
+
+
 def test_classes_of_a_dual_encoder(tmp_path: Path) -> None:
     """On random weights: what is asked of the encoder and how it is told, not what it is worth."""
     from transformers import CLIPImageProcessor, CLIPProcessor

@@ -7,6 +7,7 @@ import json
 import pytest
 import transformers
 from tiny_models import COVERED
+from tiny_models.sounds import KINDS
 
 import coverage_table as table
 
@@ -23,13 +24,24 @@ def test_the_table_is_of_every_type_and_of_none_twice():
 
 def test_enough_is_defended_and_nothing_in_silence():
     verdicts = [row["verdict"] for row in STORED["types"].values()]
-    assert verdicts.count("green") >= 60
+    assert verdicts.count("green") >= 80
     assert "wrong" not in verdicts
     for kind, row in STORED["types"].items():
         said = [row["checks"][name] for name in ("one", "several", "batch")] if "checks" in row else []
         assert not any("undefended" in text and not text.startswith(("refused", "- ", "as calls")) for text in said), (
             kind
         )
+
+
+def test_sounds_are_defended_wherever_they_are_built():
+    kinds = [
+        kind.name for kind in KINDS if STORED["types"].get(kind.name, {}).get("verdict", "not built") != "not built"
+    ]
+    assert len(kinds) >= 8
+    for kind in kinds:
+        checks = STORED["types"][kind]["checks"]
+        assert STORED["types"][kind]["layout"] == "clips" and checks["one"] == checks["noise"] == "yes", kind
+        assert not any("nothing was tested" in found for found in checks.values()), kind
 
 
 def test_the_page_is_the_results():

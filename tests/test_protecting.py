@@ -38,7 +38,7 @@ def ask(processor, clips, **options):
 
 @functools.cache
 def built():
-    model, processor = qwen2_audio()
+    model, processor = qwen2_audio(26.0)
     hf_integration.attach(model, processor)
     return model, processor
 
@@ -167,6 +167,40 @@ def test_a_rows_noise_hangs_on_no_neighbour(guarded):
         for one in (together, alone)
     ]
     assert np.array_equal(*noise)
+
+
+def test_every_sound_of_a_batch_is_of_its_own_row(guarded):
+    """Equal sounds share their noise across rows, and not within one: so a row is answered as it is alone."""
+    model, processor = guarded
+    given = {"sampling_rate": RATE, "padding": True, "return_tensors": "pt"}
+    rows = [
+        ("Is there a tone?", [clip(1)]),
+        ("What is it?", [clip(2), clip(1), clip(1)]),
+        ("Describe it.", [clip(1, 0.5), clip(1)]),
+    ]
+
+    def asked(*rows):
+        sound = "<|audio_bos|><|AUDIO|><|audio_eos|>"
+        texts = [f"<s>USER: {sound * len(sounds)} {text} ASSISTANT:" for text, sounds in rows]
+        return processor(text=texts, audio=[one for _, sounds in rows for one in sounds], **given)
+
+    def answers(inputs):
+        out = model.generate(**inputs, **SETTINGS, smoothguard=DEFENSE, return_dict_in_generate=True)
+        return [verdict.candidates for verdict in out.smoothguard]
+
+    together, alone = asked(*rows), [asked(row) for row in rows]
+    sounds = find_media(together, model.config).sounds
+    assert sounds.rows == (0, 1, 1, 1, 2, 2)
+    noisy = [
+        WaveformNoise(find_media(one, model.config).sounds, sigma=0.3, snr=None, seed=0).clips(1)
+        for one in (together, *alone)
+    ]
+    assert all(map(np.array_equal, noisy[0], [one for row in noisy[1:] for one in row]))
+    first, _, equal, again, _, other = noisy[0]
+    assert np.array_equal(first, equal) and np.array_equal(first, other) and not np.array_equal(equal, again)
+    found = answers(together)
+    assert found == [candidates for one in alone for candidates in answers(one)]
+    assert any(len(set(candidates[1:])) > 1 for candidates in found), "all copies answer alike: nothing was tested"
 
 
 # -- the noise ---------------------------------------------------------------------------------------------------------

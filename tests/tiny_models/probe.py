@@ -9,6 +9,7 @@ normalised value, sigma / image_std.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import re
 import sys
@@ -118,12 +119,14 @@ def _answers(subject, rows) -> str:
     """Defended answers of all copies beside those of separate calls of single rows."""
     try:
         inputs = subject.inputs(*rows)
-        subject.answers(inputs)
+        answers = subject.answers(inputs)
     except Exception as error:  # noqa: BLE001 - whatever upstream's code says
         return f"- fails upstream, undefended: {type(error).__name__}: {error}"
     verdicts = subject.defended(inputs)
     if verdicts is None:
         return "WRONG: answered undefended"
+    if len(answers) > len(rows):
+        return "- nothing to ask: each is a row of its own"
     padding = subject.processor.tokenizer.pad_token_id
     defended = _unpadded([verdict.candidates for verdict in verdicts], padding)
     separate = _unpadded([answers for row in rows for answers in subject.separate_rows([row])], padding)
@@ -202,11 +205,22 @@ def _gradient(subject, inputs) -> str:
     part = media.images or media.sounds
     pixels = part.values.clone().requires_grad_()
     given = {key: value for key, value in inputs.items() if key != CLIPS} | {part.key: pixels}
+    if part.key not in inspect.signature(subject.model.forward).parameters:
+        return f"reaches no value: generate makes tokens of {part.key} before it calls the model"
     if is_encoder_decoder(subject.model.config):
         start = subject.model.generation_config.decoder_start_token_id
         given["decoder_input_ids"] = torch.full((len(inputs.get("input_ids", pixels)), 1), start)
+    kept: list[bool] = []
+    watched = [
+        module.register_forward_pre_hook(lambda *_: kept.append(torch.is_grad_enabled()))
+        for module in subject.model.modules()
+    ]
     logits = subject.model(**given).logits
+    for hook in watched:
+        hook.remove()
     (gradient,) = torch.autograd.grad(logits[:, -1].max(), pixels, allow_unused=True)
+    if gradient is None and not all(kept):
+        return f"reaches no value: the model encodes {part.key} without gradient (torch.no_grad)"
     if gradient is None:
         return "reaches no pixel: what the model sees of them is discrete"
     if not torch.isfinite(gradient).all():

@@ -7,6 +7,7 @@ picture's place as it is.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,8 +53,9 @@ def hears(sound: str, rate: int = 16000) -> Callable[[Any, Sequence[Row]], dict[
     return ask
 
 
-def qwen2_audio() -> tuple[Any, Any]:
-    """Whisper's log-mel windows, always of full length, with a mask of frames."""
+def qwen2_audio(scale: float = 12.0) -> tuple[Any, Any]:
+    """Whisper's log-mel windows, always of full length, with a mask of frames. scale: the larger, the more it makes of noise, and the
+    less a gradient is worth to an attack."""
     from transformers import (
         Qwen2AudioConfig,
         Qwen2AudioForConditionalGeneration,
@@ -68,7 +70,7 @@ def qwen2_audio() -> tuple[Any, Any]:
         text_config={"model_type": "qwen2", **text_config(tok)},
         audio_token_index=tok.convert_tokens_to_ids("<|AUDIO|>"),
     )
-    return finish(lambda: Qwen2AudioForConditionalGeneration(config), tok, scale=12.0), processor
+    return finish(lambda: Qwen2AudioForConditionalGeneration(config), tok, scale), processor
 
 
 def glmasr() -> tuple[Any, Any]:
@@ -88,7 +90,7 @@ def glmasr() -> tuple[Any, Any]:
         audio_token_id=tok.convert_tokens_to_ids("<|pad|>"),
         tie_word_embeddings=False,
     )
-    return finish(lambda: GlmAsrForConditionalGeneration(config), tok), processor
+    return finish(lambda: GlmAsrForConditionalGeneration(config), tok, scale=16.0), processor
 
 
 def qwen3_asr() -> tuple[Any, Any]:
@@ -101,7 +103,7 @@ def qwen3_asr() -> tuple[Any, Any]:
     )
 
     tok = tokenizer(audio_token="<|audio_pad|>", audio_bos_token="<|audio_start|>", audio_eos_token="<|audio_end|>")
-    processor = Qwen3ASRProcessor(Qwen3ASRFeatureExtractor(feature_size=MELS), tok)
+    processor = Qwen3ASRProcessor(Qwen3ASRFeatureExtractor(feature_size=MELS, chunk_length=2), tok)
     config = Qwen3ASRConfig(
         audio_config={
             "model_type": "qwen3_asr_encoder", "output_dim": 32, "downsample_hidden_size": 8, **_D_MODEL,
@@ -111,11 +113,11 @@ def qwen3_asr() -> tuple[Any, Any]:
         timestamp_token_id=tok.unk_token_id, pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id,
         tie_word_embeddings=False,
     )  # fmt: skip
-    return finish(lambda: Qwen3ASRForConditionalGeneration(config), tok), processor
+    return finish(lambda: Qwen3ASRForConditionalGeneration(config), tok, scale=20.0), processor
 
 
 def vibevoice_asr() -> tuple[Any, Any]:
-    """The waveform itself, of set loudness, in whole tokens of 3200 samples; the model draws noise of its own."""
+    """The waveform itself, of set loudness, in whole tokens of 3200 samples."""
     from transformers import (
         VibeVoiceAcousticTokenizerFeatureExtractor,
         VibeVoiceAsrConfig,
@@ -144,6 +146,11 @@ def vibevoice_asr() -> tuple[Any, Any]:
     return finish(lambda: VibeVoiceAsrForConditionalGeneration(config), tok), processor
 
 
+def _vibevoice_inputs(processor: Any, rows: Sequence[Row]) -> dict[str, Any]:
+    """Without the noise that the model draws in every call: it answers no two of them alike, and nothing could be compared."""
+    return hears("<|box_start|>", 24000)(processor, rows) | {"sample": False}
+
+
 def moss_transcribe_diarize() -> tuple[Any, Any]:
     """Log-mel windows of full length, several a long sound; a mask of raw samples tells which belong together."""
     from transformers import (
@@ -162,7 +169,7 @@ def moss_transcribe_diarize() -> tuple[Any, Any]:
         audio_chunk_size=32000,
         tie_word_embeddings=False,
     )
-    return finish(lambda: MossTranscribeDiarizeForConditionalGeneration(config), tok), processor
+    return finish(lambda: MossTranscribeDiarizeForConditionalGeneration(config), tok, scale=16.0), processor
 
 
 def nemo_speechlm() -> tuple[Any, Any]:
@@ -252,26 +259,32 @@ def voxtral() -> tuple[Any, Any]:
         text_config={"model_type": "llama", **text_config(tok, head_dim=16)},
         audio_token_id=processor.audio_token_id,
     )  # fmt: skip
-    return finish(lambda: VoxtralForConditionalGeneration(config), tok, scale=8.0), processor
+    return finish(lambda: VoxtralForConditionalGeneration(config), tok, scale=24.0), processor
 
 
 class _WritesSoundTokens:
-    """What Voxtral's processor asks of mistral-common's tokenizer: text with sound tokens in it, and the sounds beside."""
+    """What Voxtral's processor asks of mistral-common's tokenizer: text with sound tokens in it, and the sounds beside. A sound has
+    25 tokens for each of its windows, of so many samples."""
 
-    def __init__(self, tokenizer: Any, rows: Sequence[Row], sound: str) -> None:
-        self._tokenizer, self._rows, self._sound = tokenizer, rows, sound
+    def __init__(self, tokenizer: Any, rows: Sequence[Row], sound: str, window: int) -> None:
+        self._tokenizer, self._rows, self._sound, self._window = tokenizer, rows, sound, window
 
     def apply_chat_template(self, conversations: Any, **_: Any) -> dict[str, Any]:
-        texts = [_TEMPLATE.format(sounds=self._sound * 25 * len(sounds), text=text) for sounds, text in self._rows]
+        waves = [[tone(sound, 16000) for sound in sounds] for sounds, _ in self._rows]
+        windows = [sum(-(-len(wave) // self._window) for wave in row) for row in waves]
+        texts = [
+            _TEMPLATE.format(sounds=self._sound * 25 * count, text=text)
+            for count, (_, text) in zip(windows, self._rows, strict=True)
+        ]
         made = dict(self._tokenizer(texts, padding=True, return_tensors="pt"))
-        waves = [tone(sound, 16000) for sounds, _ in self._rows for sound in sounds]
-        return made | ({"audio": waves} if waves else {})
+        heard = [wave for row in waves for wave in row]
+        return made | ({"audio": heard} if heard else {})
 
 
 def _voxtral_inputs(processor: Any, rows: Sequence[Row]) -> dict[str, Any]:
     """Through `apply_chat_template`, which makes windows of features; `window` is ours, for sounds of two seconds."""
     tok, window = processor.tokenizer, 2 * 16000
-    processor.tokenizer = _WritesSoundTokens(tok, rows, processor.audio_token)
+    processor.tokenizer = _WritesSoundTokens(tok, rows, processor.audio_token, window)
     settings = {"sampling_rate": 16000, "padding": True, "truncation": False, "pad_to_multiple_of": window}
     try:
         made = processor.apply_chat_template(
@@ -334,10 +347,12 @@ def granite_speech() -> tuple[Any, Any]:
 
 
 KINDS: tuple[Architecture, ...] = (
-    Architecture("qwen2_audio", qwen2_audio, "", ask=hears("<|audio_bos|><|AUDIO|><|audio_eos|>")),
+    Architecture(
+        "qwen2_audio", functools.partial(qwen2_audio, 26.0), "", ask=hears("<|audio_bos|><|AUDIO|><|audio_eos|>")
+    ),
     Architecture("glmasr", glmasr, "", several=False, mixed=False, ask=hears("<|pad|>")),
     Architecture("qwen3_asr", qwen3_asr, "", several=False, mixed=False, ask=hears("<|audio_pad|>")),
-    Architecture("vibevoice_asr", vibevoice_asr, "", ask=hears("<|box_start|>", 24000)),
+    Architecture("vibevoice_asr", vibevoice_asr, "", ask=_vibevoice_inputs),
     Architecture("moss_transcribe_diarize", moss_transcribe_diarize, "", ask=hears("<|audio_pad|>")),
     Architecture("nemo_speechlm", nemo_speechlm, "", several=False, mixed=False, ask=hears("<|audio|>")),
     Architecture("kyutai_speech_to_text", kyutai_speech_to_text, "", several=False, mixed=False, ask=_listens),
