@@ -22,11 +22,13 @@ from lmms_smoothguard.report.experiments import SEEING
 from lmms_smoothguard.report.smoothed import CERTIFICATIONS, SMOOTHED
 from lmms_smoothguard.report.smoothed_table import attacks_markdown, certificates_markdown
 from lmms_smoothguard.report.tables import attacks_table, markdown_table
+from lmms_smoothguard.sweeps.presets import AUDIO
 from lmms_smoothguard.sweeps.presets import README as SWEEPS
 from lmms_smoothguard.sweeps.records import PointRecord, read_sweep
 from lmms_smoothguard.sweeps.tables import sigma_table, votes_table
 from peers.table import markdown as parity
 from smoothed_findings import smoothed_findings
+from sound_findings import sound_headlines
 from timing.table import markdown as costs
 from timing.table import parts_markdown
 
@@ -91,9 +93,10 @@ def filled(text: str) -> str:
         text = _with_block(text, "load", _load(stored("proxy_load")))
     if _exists("startup"):
         text = _with_block(text, "startup", _startup(stored("startup")))
-    if _exists("audio_sigma") and _exists("audio_sigma_eot"):
-        heard = sigma_table(*(read_sweep(RESULTS / f"audio_sigma{form}.json") for form in ("", "_eot")), both=True)
-        text = _with_block(text, "sounds", heard)
+    heard = {part.name: read_sweep(RESULTS / f"{part.name}.json") for part in AUDIO if _exists(part.name)}
+    if len(heard) == len(AUDIO):
+        text = _with_block(text, "sounds", sigma_table(heard["audio_sigma"], heard["audio_sigma_eot"], both=True))
+        text = _with_block(text, "heard", sound_headlines(heard))
     measured = [name for name in ("bench", "bench_cuda") if _exists(name)]
     text = _with_block(text, "bench", costs(*map(stored, measured)))
     return _with_block(text, "parts", parts_markdown(*map(stored, measured)))
