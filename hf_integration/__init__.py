@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hf_integration.attached import attach
     from hf_integration.calls import force, generate_defended
     from hf_integration.observing import Observation, observe
-    from hf_integration.protecting import protect
+    from hf_integration.protecting import protect, unprotect
     from lmms_smoothguard.config import SmoothGuardConfig
     from lmms_smoothguard.defenses.consensus import SmoothGuardLogitsProcessor
     from lmms_smoothguard.defenses.request import SmoothGuardOutput
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lmms_smoothguard.smoothing.context import smoothed
 
 __all__ = ["FeatureSmoothingConfig", "Observation", "SmoothGuardConfig", "SmoothGuardLogitsProcessor", "SmoothGuardOutput", "attach", "disable",
-           "enable", "enabled", "force", "generate_defended", "observe", "protect", "smoothed"]  # fmt: skip
+           "enable", "enabled", "force", "generate_defended", "observe", "protect", "smoothed", "unprotect"]  # fmt: skip
 
 _HOMES = {
     "Observation": "hf_integration.observing",
@@ -39,6 +39,7 @@ _HOMES = {
     "generate_defended": "hf_integration.calls",
     "observe": "hf_integration.observing",
     "protect": "hf_integration.protecting",
+    "unprotect": "hf_integration.protecting",
     "SmoothGuardConfig": "lmms_smoothguard.config",
     "SmoothGuardLogitsProcessor": "lmms_smoothguard.defenses.consensus",
     "SmoothGuardOutput": "lmms_smoothguard.defenses.request",

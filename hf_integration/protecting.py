@@ -102,9 +102,14 @@ def _recording(plain: type) -> type:
         if recorder is None:
             return original(self, *args, **kwargs)
         given = dict(zip([first], args, strict=False)) | kwargs
-        clips = _separate(given.pop(first, None))
-        made = original(self, *args, **kwargs)
-        recorder.note(self, clips, args[1:], given, made)
+        clips, problem = _separate(given.pop(first, None))
+        try:
+            made = original(self, *args, **kwargs)
+        except (ValueError, TypeError, IndexError, RuntimeError) as error:
+            if problem:
+                raise UndefendableError(problem) from error  # the extractor's own words are about arrays
+            raise
+        recorder.note(self, clips, args[1:], given, made, problem)
         return made
 
     return _posing_as(plain, __call__=__call__)
@@ -139,7 +144,13 @@ class _Recorder:
         self._problem = ""
 
     def note(
-        self, extractor: Any, clips: list[np.ndarray], args: tuple[Any, ...], kwargs: dict[str, Any], made: Any
+        self,
+        extractor: Any,
+        clips: list[np.ndarray],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        made: Any,
+        problem: str,
     ) -> None:
         import torch
 
@@ -148,7 +159,9 @@ class _Recorder:
         self._extractor = extractor
         self._name = next((name for name in extractor.model_input_names if name in made), "")
         if not self._name or args:
-            self._problem = f"{type(extractor).__name__} was called in a way that is not known"
+            problem = f"{type(extractor).__name__} was called in a way that is not known"
+        if problem:
+            self._problem = problem
             return
         features = _tensor(made[self._name])
         heard = _heard(extractor, clips, kwargs, lambda output: torch.equal(_tensor(output[self._name]), features))
@@ -168,21 +181,25 @@ class _Recorder:
         made[CLIPS] = found
 
 
-def _separate(sounds: Any) -> list[np.ndarray]:
-    """What an extractor takes for sounds: one, or several of them. Raises UndefendableError for several channels of one."""
+def _separate(sounds: Any) -> tuple[list[np.ndarray], str]:
+    """What an extractor takes for sounds, one or several of them, each a copy of its own: callers may fill their buffers anew. And what
+    stands in the way of noise on them, if anything does."""
     if hasattr(sounds, "detach"):
         sounds = sounds.detach().cpu().numpy()
     if isinstance(sounds, np.ndarray):
         sounds = [sounds] if sounds.ndim < 2 else list(sounds)
     elif sounds is not None and len(sounds) and not np.ndim(sounds[0]):
         sounds = [sounds]  # samples as plain numbers
-    found = [np.asarray(one.detach().cpu() if hasattr(one, "detach") else one, np.float32) for one in sounds or []]
-    for number, one in enumerate(found, 1):
+    given = [np.asarray(one.detach().cpu() if hasattr(one, "detach") else one) for one in sounds or []]
+    for number, one in enumerate(given, 1):
         if one.ndim != 1:
-            raise UndefendableError(
-                f"sound {number} has the shape {one.shape}; expected (samples,), one channel. Mix channels down: sound.mean(0)"
-            )
-    return found
+            said = f"has the shape {one.shape}; expected (samples,), one channel. Mix channels down: sound.mean(0)"
+        elif one.dtype.kind in "iub" and len(one):
+            said = f"is made of {one.dtype} samples; expected floating point of full scale 1. Divide 16-bit samples by 32768"
+        else:
+            continue
+        return [], f"sound {number} {said}"
+    return [np.array(one, np.float32) for one in given], ""
 
 
 def _tensor(values: Any) -> Any:

@@ -219,7 +219,7 @@ def test_noise_has_the_amplitude_asked_for(guarded):
 
 
 def test_noise_stands_the_asked_decibels_below_each_clip(guarded):
-    quiet, loud = clip(1), 5 * clip(2)
+    quiet, loud = clip(1), 3 * clip(2)
     noise = WaveformNoise(sounds_of(guarded, quiet, loud), sigma=9.0, snr=20.0, seed=0)
     for clean, noisy in zip((quiet, loud), noise.clips(1), strict=True):
         ratio = np.mean(clean**2) / np.mean((noisy - clean) ** 2)
@@ -241,6 +241,10 @@ def test_an_attackers_draws_are_of_the_same_noise(guarded):
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def verdicts(model, inputs):
+    return model.generate(**inputs, **SETTINGS, smoothguard=DEFENSE, return_dict_in_generate=True).smoothguard
 
 
 def refused(guarded, inputs, words, **asked):
@@ -272,9 +276,11 @@ def test_clips_without_features_are_refused(guarded):
     [
         (np.full(RATE, np.nan, np.float32), "NaN or Inf"),
         (np.zeros(0, np.float32), "empty"),
-        ((clip(1) * 32768).astype(np.int16), "full scale 1"),
+        ((clip(1) * 32768).astype(np.int16), "int16 samples"),
+        (np.sign(clip(1)).astype(np.int8), "int8 samples"),
+        (clip(1) / np.abs(clip(1)).max() * 2, "reaches 2; expected samples of full scale 1"),
     ],
-    ids=["nan", "empty", "16-bit"],
+    ids=["nan", "empty", "16-bit", "whole-numbers", "loud"],
 )
 def test_clips_that_no_noise_can_be_added_to_are_refused(guarded, spoilt, words):
     refused(guarded, ask(guarded[1], [spoilt]), words)
@@ -291,6 +297,48 @@ def test_another_sampling_rate_and_several_channels_are_refused(guarded):
         ask(guarded[1], [clip(1)], sampling_rate=44100)
     with pytest.raises(UndefendableError, match="one channel"):
         ask(guarded[1], [np.stack([clip(1), clip(2)])])
+
+
+def test_a_clip_written_over_after_the_call_is_the_one_that_was_processed(guarded):
+    buffer = clip(1).copy()
+    inputs = ask(guarded[1], [buffer])
+    buffer[:] = clip(2)
+    again = ask(guarded[1], [clip(1)])
+    assert np.array_equal(inputs[CLIPS].clips[0], clip(1))
+    ours, theirs = (verdicts(guarded[0], one) for one in (inputs, again))
+    assert ours[0].candidates == theirs[0].candidates
+
+
+def test_features_changed_in_place_are_refused(guarded):
+    inputs = ask(guarded[1], [clip(1)])
+    inputs["input_features"] += 0.5
+    refused(guarded, inputs, "not what its clips gave")
+
+
+def test_inputs_may_be_sent_to_a_device_entry_by_entry(guarded):
+    inputs = {name: value.to("cpu") for name, value in ask(guarded[1], [clip(1)]).items()}
+    assert len(verdicts(guarded[0], inputs)[0].candidates) == DEFENSE["num_samples"]
+
+
+def test_outputs_of_two_calls_put_into_one_batch_are_defended_as_one_call_is(guarded):
+    """As pipelines put them together: tensors one below the other, everything else in a list."""
+    model, processor = guarded
+    one, two = ask(processor, [clip(1)]), ask(processor, [clip(2)])
+    asked = processor.tokenizer.decode(one["input_ids"][0])
+    both = dict(ask(processor, [clip(1), clip(2)]))
+    both |= {name: torch.cat([one[name], two[name]]) for name in ("input_ids", "attention_mask")}
+    assert asked.count("<|AUDIO|>") * 2 == int((both["input_ids"] == model.config.audio_token_id).sum())
+    put = {
+        name: [one[name], two[name]] if name == CLIPS else torch.cat([one[name], two[name]]) for name in one
+    }  # fmt: skip
+    ours, theirs = (verdicts(model, given) for given in (put, both))
+    assert [verdict.candidates for verdict in ours] == [verdict.candidates for verdict in theirs]
+    put[CLIPS] = put[CLIPS][::-1]
+    refused(guarded, put, "not what its clips gave")
+
+
+def test_outputs_that_are_no_tensors_are_refused_by_what_they_are(guarded):
+    refused(guarded, ask(guarded[1], [clip(1)], return_tensors="np"), "return_tensors='pt'")
 
 
 def test_a_failed_call_leaves_nothing_behind(guarded):

@@ -17,8 +17,9 @@ from lmms_smoothguard.errors import UndefendableError
 
 CLIPS = "smoothguard_clips"
 """The key under which they travel with a processor's output."""
-_LOUDEST = 8.0
-"""Samples of full scale 1 do not reach it, whatever was done to them; 16-bit ones do."""
+_LOUDEST = 1.5
+"""Samples of full scale 1 do not exceed it, but for what resampling adds. Models hear hardly how loud a clip is, and noise of a set
+amplitude vanishes beside a clip that is blown up: at 14 times full scale the defence lost what it held at 1."""
 
 Arrange = Callable[[Sequence[torch.Tensor], torch.Size], torch.Tensor]
 
@@ -66,6 +67,10 @@ class CarriedClips:
     arrange: Arrange = _joined
     problem: str = ""
 
+    def to(self, *_: Any, **__: Any) -> CarriedClips:
+        """Itself: clips and extractor stay where they are, whatever device the rest of the inputs goes to."""
+        return self
+
     def __len__(self) -> int:
         return sum(len(call.clips) for call in self.calls)
 
@@ -96,7 +101,9 @@ def carried(
     extractor: Any, calls: Sequence[Extraction], key: str, name: str, features: Any, maker: str, problem: str = ""
 ) -> CarriedClips:
     """What goes along with a processor's output; `maker` names the processor; `problem`: what stands in the way already."""
-    tensor = features if isinstance(features, torch.Tensor) else None
+    tensor = (
+        features.clone() if isinstance(features, torch.Tensor) else None
+    )  # the caller may write into the request's own
     if problem:
         return CarriedClips(extractor, name, tuple(calls), key, tensor, problem=problem)
     for arrange in _ARRANGEMENTS if tensor is not None else ():
@@ -115,7 +122,28 @@ def _gives(arrange: Arrange, parts: Sequence[torch.Tensor], features: torch.Tens
         made = arrange(parts, features.shape)
     except (RuntimeError, IndexError):
         return False
-    return made.shape == features.shape and torch.equal(made.to(features), features)
+    # Features of NaN have an error of their own.
+    return made.shape == features.shape and torch.equal(made.to(features).nan_to_num(), features.nan_to_num())
+
+
+def joined(found: Sequence[CarriedClips]) -> CarriedClips:
+    """Those of several processor calls whose outputs were put into one batch, as pipelines do it. Raises UndefendableError for calls
+    of different processors, or whose features had to be padded."""
+    first = found[0]
+    if problem := next((one.problem for one in found if one.problem), ""):
+        return CarriedClips(first.extractor, first.name, first.calls, first.key, first.features, problem=problem)
+    tensors = [one.features for one in found if one.features is not None]
+    if (
+        any(one.extractor is not first.extractor or one.key != first.key for one in found)
+        or len({tensor.shape[1:] for tensor in tensors}) > 1
+    ):
+        shapes = ", ".join(f"{one.key} {tuple(one.features.shape)}" for one in found if one.features is not None)
+        raise UndefendableError(
+            f"a batch was made of {len(found)} calls of a processor, which gave {shapes}; expected features of one shape from one "
+            "processor. Process the batch in one call, or ask one at a time (batch_size=1)"
+        )
+    calls = [call for one in found for call in one.calls]
+    return carried(first.extractor, calls, first.key, first.name, torch.cat(tensors), type(first.extractor).__name__)
 
 
 class Sounds(NamedTuple):
@@ -137,10 +165,11 @@ def check_carried(found: Any, key: str, values: torch.Tensor) -> CarriedClips:
             "Protect the processor before it is called, hf_integration.protect(processor), and hand on all that it gives; or pass "
             "smoothguard=False to run this request undefended."
         )
+    if isinstance(found, list | tuple) and found and all(isinstance(one, CarriedClips) for one in found):
+        found = joined(found)
     if not isinstance(found, CarriedClips):
         raise UndefendableError(f"{CLIPS} is a {type(found).__name__}; expected what a protected processor gives")
-    if found.problem:
-        raise UndefendableError(f"{found.problem}; pass smoothguard=False to run this request undefended")
+    refuse_problem(found)
     assert found.features is not None
     same = found.key == key and found.features.shape == values.shape
     if not same or not torch.equal(found.features.to(values.device, values.dtype), values):
@@ -153,6 +182,12 @@ def check_carried(found: Any, key: str, values: torch.Tensor) -> CarriedClips:
     return found
 
 
+def refuse_problem(found: Any) -> None:
+    """Raises UndefendableError where carried clips say themselves why nothing can be done with them."""
+    if isinstance(found, CarriedClips) and found.problem:
+        raise UndefendableError(f"{found.problem}; pass smoothguard=False to run this request undefended")
+
+
 def _check_clip(clip: np.ndarray, number: int) -> None:
     if not len(clip):
         raise UndefendableError(f"sound {number} is empty; expected at least one sample")
@@ -162,6 +197,6 @@ def _check_clip(clip: np.ndarray, number: int) -> None:
         )
     if (largest := float(np.abs(clip).max())) > _LOUDEST:
         raise UndefendableError(
-            f"sound {number} reaches {largest:.0f}; expected samples of full scale 1, or noise has no size. Divide 16-bit samples by "
-            "32768"
+            f"sound {number} reaches {largest:.3g}; expected samples of full scale 1, beside which noise has its size. Divide 16-bit "
+            "samples by 32768, and a louder recording by its peak"
         )

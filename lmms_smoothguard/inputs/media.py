@@ -11,7 +11,7 @@ from PIL.Image import Image
 
 from lmms_smoothguard.errors import UndefendableError
 from lmms_smoothguard.inputs.arrangements import layout_of
-from lmms_smoothguard.inputs.carried import CLIPS, Sounds, check_carried
+from lmms_smoothguard.inputs.carried import CLIPS, Sounds, check_carried, refuse_problem
 from lmms_smoothguard.inputs.layouts import Layout
 from lmms_smoothguard.inputs.rows import rows_of_images, rows_of_sounds
 
@@ -73,6 +73,7 @@ def find_media(inputs: Mapping[str, Any], config: Any) -> Media | None:
     caches that may hold an undefended image, any unknown float tensor, and values that are not finite: a defence that cannot act
     must say so.
     """
+    refuse_problem(inputs.get(CLIPS))
     _refuse_unsupported(inputs)
     pixels = _only([key for key in IMAGE_KEYS if inputs.get(key) is not None], "pixels")
     heard = _only([key for key in AUDIO_KEYS if inputs.get(key) is not None], "sounds")
@@ -119,7 +120,7 @@ def _refuse_unknown(inputs: Mapping[str, Any], found: Set[str]) -> None:
         opaque = key in _ENCODED_KEYS and value is not None
         if key not in found and key not in _PLAIN_KEYS and (opaque or _is_continuous(value)):
             raise UndefendableError(
-                f"{key} is a continuous input of unknown layout; expected one of: {', '.join(IMAGE_KEYS)}. "
+                f"{key} is a continuous input of unknown layout; expected one of: {', '.join((*IMAGE_KEYS, *AUDIO_KEYS))}. "
                 "It would pass undefended, so it is refused; pass smoothguard=False to allow that."
             )
 
