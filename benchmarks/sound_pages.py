@@ -68,7 +68,7 @@ def page(found: Measured) -> str:
         f"## What clustering adds: {title}\n\n{votes_table(sweeps[name], sweeps.get(f'{name}_eot'))}"
         for name, title in (("audio_votes", "yes / no questions"), ("audio_captions", "sentences"))
     ]
-    certified = {f"sigma {record.asked['sigma']:g}": record for record in found.certificates.values()}
+    certified = {f"sigma {record.settings['certificate']['sigma']:g}": record for record in found.certificates.values()}
     parts = [
         _HEAD + sound_findings(*found) + "\n" + _LIMITS,
         "## Noise of a set amplitude\n\n![Accuracy and ASR against sigma](sounds.svg)\n\n"
@@ -83,11 +83,11 @@ def page(found: Measured) -> str:
 
 
 def _certificates(certified: Mapping[str, CertificateRecord]) -> str:
-    asked = next(iter(certified.values())).asked
+    asked = next(iter(certified.values())).settings["certificate"]
     return (
         "## Certificates in waveform L2\n\n"
         f"Of the smoothed vote (the answer that most noisy copies give), from {asked['n']} draws a question, alpha = {asked['alpha']:g} each, in "
-        "percent. Radii are L2 norms over all samples, full scale 1; r = 0.179 is a change of 0.001 in every sample of two seconds. "
+        "percent; intervals count questions about one clip as dependent. Radii are L2 norms over all samples, full scale 1; r = 0.179 is a change of 0.001 in every sample of two seconds. "
         "[What a certificate promises, and what not](certificates.md): a vote of ten copies is not this vote.\n\n"
         + votes_markdown(certified)
     )
