@@ -13,14 +13,15 @@ MACHINE = "The machine"
 Split = Annotated[str | None, typer.Option(rich_help_panel=DATA, help="Of a data set: test, or config:test.")]
 Limit = Annotated[int | None, typer.Option(rich_help_panel=DATA, help="The first so many questions.")]
 Question = Annotated[
-    str | None, typer.Option(rich_help_panel=DATA, help="A text to ask about every picture, or a column of questions.")
+    str | None,
+    typer.Option(rich_help_panel=DATA, help="A text to ask about every picture or sound, or a column of questions."),
 ]
 Columns = Annotated[
     list[str] | None,
     typer.Option(
         "--column",
         rich_help_panel=DATA,
-        help="What a column is: --column label=answer; of id, images, question, label, target, group, accepted; none for none.",
+        help="What a column is: --column label=answer; of id, images, sounds, question, label, target, group, accepted; none for none.",
     ),
 ]
 MaxNewTokens = Annotated[

@@ -25,8 +25,7 @@ from typer.testing import CliRunner
 from lmms_smoothguard import plugins
 from lmms_smoothguard.attacking import run as running
 from lmms_smoothguard.attacking.names import file_names, image_name
-from lmms_smoothguard.attacking.outcomes import Rules
-from lmms_smoothguard.attacking.share import EMPTY_ANSWER
+from lmms_smoothguard.attacking.outcomes import EMPTY_ANSWER, Rules
 from lmms_smoothguard.attacking.store import Store
 from lmms_smoothguard.attacks.craft import Crafter
 from lmms_smoothguard.attacks.pgd import PGD
@@ -510,7 +509,15 @@ def test_short_memory_halves_the_batch_and_changes_nothing(tmp_path, monkeypatch
         (("--sigma", "0.2"), "sigma is a setting of a defence, and there is none"),
         (("--set", "momentum"), "--set is 'momentum'; expected key=value"),
         (("--set", "momentun=1"), "did you mean 'momentum'"),
+        (
+            ("--set", "audio_sigma=.02"),
+            "audio_sigma is a field of the defence smoothguard.*--defense-set audio_sigma=.02",
+        ),
         (("--attack", "pdg"), "did you mean 'pgd'"),
+        (
+            ("--attack", "square", "--eps", "0.001"),
+            "'square' changes pictures alone, .* or for sounds one of apgd, pgd",
+        ),
         (("--target", "x", "--targeted"), "target is 'x', and every question"),
         (("--batch-size", "0"), "batch_size is 0"),
         (("--match", "exatc"), "did you mean 'exact'"),

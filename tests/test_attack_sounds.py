@@ -405,7 +405,7 @@ def test_snr_stands_in_eps_place():
 @pytest.mark.parametrize(
     ("fields", "hint"),
     [
-        ({"snr": 40}, "snr is 40, of L2 norms, and norm 'linf'; expected attack_norm=l2"),
+        ({"snr": 40}, "snr is 40, of L2 norms, and norm 'linf'; expected --norm l2, or attack_norm=l2"),
         ({"snr": 40, "eps": 0.01, "norm": "l2"}, "expected one of them"),
         ({"snr": "loud", "norm": "l2"}, "snr is 'loud'; expected -40 to 120 decibels"),
         ({"snr": True, "norm": "l2"}, "snr is True"),
@@ -437,7 +437,7 @@ def test_what_only_a_job_can_tell(crafter, job, images, batch):
     def craft(settings, pictures, inputs, sounds):
         crafter().craft([Job(AttackSettings.parse(settings), pictures, inputs, one.answer, sounds)])
 
-    with pytest.raises(ConfigError, match=r"eps is 0\.01569, the default, .*attack_eps=0\.0005"):
+    with pytest.raises(ConfigError, match=r"eps is 0\.01569, which pictures have by default .*attack_eps=0\.0005"):
         craft("pgd", (), one.inputs, one.sounds)
     with pytest.raises(ConfigError, match="snr is 40, a budget of sounds, and the request has pictures"):
         craft({"norm": "l2", "snr": 40}, (images[0],), pixels, ())
@@ -530,7 +530,7 @@ def test_a_change_is_a_function_of_its_key(change):
 def test_what_a_change_cannot_be_made_from(hearing, change, tmp_path):
     with pytest.raises(ConfigError, match="size 64, of a picture"):
         change(size=64)
-    with pytest.raises(ConfigError, match=r"eps is 0\.1255, the default"):
+    with pytest.raises(ConfigError, match=r"eps is 0\.1255, which pictures have by default"):
         change(eps=32 / 255)
     crafter = UniversalSoundCrafter(*hearing, AttackCache(tmp_path), quiet=True)
     with pytest.raises(AttackError, match="nothing to learn from"):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from lmms_smoothguard import certify
-from lmms_smoothguard.certifying.asked import CertifyRun
+from lmms_smoothguard.certifying.asked import Certification, CertifyRun
 from lmms_smoothguard.certifying.records import read_certificates
 from lmms_smoothguard.certifying.run import run_certify
 from lmms_smoothguard.certifying.tables import cells, print_certificates, said
@@ -216,7 +216,7 @@ def test_answers_are_cohens(subject: Subject, tmp_path: Path) -> None:
 def test_selection_and_estimation_see_different_noise(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     from lmms_smoothguard.evaluation.questions import Question
 
-    asked = CertifyRun(model="tiny-llava", data="-", out=Path("-"), what="answers", n=6, n_select=4)
+    asked = Certification(model="tiny-llava", data="-", out=Path("-"), what="answers", n=6, n_select=4)
     seeds: list[int] = []
     answers = AnswerWorker._answers
 
@@ -250,7 +250,7 @@ def test_sounds_are_noised_at_the_certificates_sigma(sigma: float, monkeypatch: 
         return extract(self, versions)
 
     monkeypatch.setattr(CarriedClips, "extract", noted)
-    asked = CertifyRun(model="tiny-audio", data="-", out=Path("-"), what="answers", n=3, n_select=2, sigma=sigma)
+    asked = Certification(model="tiny-audio", data="-", out=Path("-"), what="answers", n=3, n_select=2, sigma=sigma)
     sound = Sound((0.1 * np.random.default_rng(0).standard_normal(16000)).astype(np.float32), 16000)
     made = AnswerWorker(asked, Subject("tiny-audio"), 2).certify(Question("q", (), "Is it loud?", sounds=(sound,)), "d")
     assert made["certificate"]["sigma"] == sigma
@@ -313,7 +313,7 @@ def _random_clip() -> tuple[Any, Any]:
     "wrong, told",
     [
         ({"sigma": 0}, "sigma is 0; expected a number above 0"),
-        ({"sigma": 9}, "sigma is 9; expected at most 5"),
+        ({"sigma": 9}, "sigma is 9; expected at most 5 of pictures .* at most 1 of sounds"),
         ({"n0": 1}, "n0 is 1"),
         ({"n": 1}, "n is 1"),
         ({"alpha": 1}, "alpha is 1"),
@@ -332,6 +332,23 @@ def _random_clip() -> tuple[Any, Any]:
 def test_bad_requests_are_refused(wrong: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         CertifyRun(**{"model": "tiny-llava", "data": "x", "out": Path("y"), **wrong})
+
+
+def test_noise_and_radii_are_those_of_the_medium() -> None:
+    def asked(**fields: Any) -> CertifyRun:
+        return CertifyRun(model="tiny-audio", data="x", out=Path("y"), what="answers", alpha=0.01, **fields)
+
+    of_pictures = asked().about(sounds=False)
+    assert (of_pictures.sigma, of_pictures.radii, of_pictures.alpha) == (0.25, (0.1, 0.25, 0.5), 0.01)
+    assert asked(sigma=0.02).about(sounds=True).radii == (0.01, 0.02, 0.04)
+    for sounds in (True, False):
+        given = asked(sigma=0.3, radii=(0.7,)).about(sounds=sounds)
+        assert (given.sigma, given.radii) == (0.3, (0.7,))
+    with pytest.raises(ConfigError, match=r"sigma is not given.* such as --sigma 0\.02, SmoothGuard's audio_sigma"):
+        asked().about(sounds=True)
+    with pytest.raises(ConfigError, match=r"sigma is 2; expected at most 1 of sounds, in amplitude"):
+        asked(sigma=2).about(sounds=True)
+    assert asked(sigma=2).about(sounds=False).sigma == 2
 
 
 def test_bad_requests_of_the_command_line(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tiny_models import sounds as hearing_models
 from tiny_models.packed import qwen2_5_omni
 from typer.testing import CliRunner
 
+from lmms_smoothguard.attacks.sound_clips import TOO_FAINT
 from lmms_smoothguard.cli import app
 from lmms_smoothguard.errors import ConfigError
 from lmms_smoothguard.evaluation.questions import Question, load_questions
@@ -602,7 +603,7 @@ def test_a_sample_without_a_clean_answer_keeps_its_own_sound(tmp_path, attack, c
 def test_what_cannot_be_attacked_is_refused_before_anything_is_answered(
     tmp_path, attack, data, clips, images, untrained
 ):
-    with pytest.raises(ConfigError, match=r"eps is 0\.01569, the default, which is made for pictures"):
+    with pytest.raises(ConfigError, match=r"eps is 0\.01569, which pictures have by default.*--eps 0\.0005"):
         attack(data, tmp_path / "a")
     images[0].save(tmp_path / "0.png")
     both = jsonl(tmp_path / "both.jsonl", {"image": "0.png", "audio": "0.wav", "question": ASK})
@@ -610,3 +611,62 @@ def test_what_cannot_be_attacked_is_refused_before_anything_is_answered(
         attack(both, tmp_path / "b", "--eps", "0.01")
     assert not list((tmp_path / "a").glob("samples/*")) and not list((tmp_path / "b").glob("samples/*"))
     assert len(attack(both, tmp_path / "c", "--eps", "0.01", "--column", "images=none")) == 1
+
+
+def test_silence_is_left_out_of_an_attack_in_decibels(tmp_path, attack, clips):
+    """No change of it is any number of decibels below it, so none that fails says anything."""
+    almost = np.zeros(RATE // 2, np.int16)
+    almost[:20] = 1  # its change would be of less than one step
+    (tmp_path / "silent.wav").write_bytes(Sound.from_pcm(np.zeros(RATE // 2, np.int16), RATE).wav)
+    (tmp_path / "almost.wav").write_bytes(Sound.from_pcm(almost, RATE).wav)
+    listed = {"silent": ["silent"], "almost": ["almost", "silent"], "two": ["silent", "1"], "one": ["0"]}
+    rows = [
+        {"id": name, "audios": [f"{file}.wav" for file in files], "question": ASK} for name, files in listed.items()
+    ]
+    data = jsonl(tmp_path / "t.jsonl", *rows)
+    found = {row["id"]: row for row in attack(data, tmp_path / "out", "--norm", "l2", "--snr", "40")}
+    for name in ("silent", "almost"):
+        row = found[name]
+        assert (row["attacked"], row["counted"], row["success"], row["reason"]) == (False, False, None, TOO_FAINT)
+        assert row["linf"] == 0.0 and row["clean_answer"] == row["adversarial_answer"]
+    for name in ("two", "one"):
+        assert (found[name]["attacked"], found[name]["counted"], found[name]["reason"]) == (True, True, None)
+        assert found[name]["l2"] > 0 and found[name]["success"] is not None
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["not_attackable"] == ["silent", "almost"] and summary["not_attackable_for"] == {TOO_FAINT: 2}
+    assert summary["rates"]["changed"]["asr"]["count"] == 2
+    assert (
+        "- not attackable, for sounds too faint for the attack's snr: 2 of 4"
+        in (tmp_path / "out/README.md").read_text()
+    )
+    every = attack(data, tmp_path / "loud", "--eps", "0.01", steps=1)  # a budget that is not each clip's own
+    assert all(row["attacked"] and row["linf"] > 0 for row in every)
+
+
+class Loaded(Exception):
+    """A model was asked for."""
+
+
+@pytest.mark.parametrize("option", ["--sigma=0.1", "--noise-space=pixel", "--defense-set=sigma=0.1"])
+def test_noise_of_pictures_is_refused_where_there_are_sounds_alone(tmp_path, clips, images, monkeypatch, option):
+    import lmms_smoothguard.subject as module
+
+    def load(*args, **kwargs):
+        raise Loaded
+
+    monkeypatch.setattr(module, "Subject", load)
+    images[0].save(tmp_path / "0.png")
+    sound, picture = ({"audio": "0.wav", "question": ASK}, {"image": "0.png", "question": ASK})
+    heard_alone, mixed = jsonl(tmp_path / "s.jsonl", sound), jsonl(tmp_path / "m.jsonl", sound, picture)
+
+    def run(data, *options):
+        command = ["attack", "tiny-audio", data, "--out", str(tmp_path / "out"), "--eps", "0.001"]
+        CliRunner().invoke(app, [*command, "--defense", "smoothguard", *options], catch_exceptions=False)
+
+    field = "noise-space is pixel" if "space" in option else r"sigma is 0\.1"
+    with pytest.raises(ConfigError, match=rf"--{field}, of noise on pictures, .*--defense-set audio_sigma=0\.02"):
+        run(heard_alone, option)
+    with pytest.raises(Loaded):
+        run(mixed, option)
+    with pytest.raises(Loaded):
+        run(heard_alone, "--defense-set", "audio_sigma=0.1")

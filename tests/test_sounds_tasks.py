@@ -17,6 +17,8 @@ from lmms_eval.api.instance import Instance
 from PIL import Image
 
 from lmms_smoothguard.attacks.cache import AttackCache
+from lmms_smoothguard.attacks.sound_clips import TOO_FAINT
+from lmms_smoothguard.choice import choose
 from lmms_smoothguard.errors import AttackError, ConfigError
 from lmms_smoothguard.harness.lmms_eval import ears, instances, planning
 from lmms_smoothguard.harness.lmms_eval.discovery import tasks_path
@@ -381,3 +383,51 @@ def test_upstreams_own_tasks(task, decoded, model, tmp_path, monkeypatch):
         assert min(apart) == 0  # the clean pass
         assert sum(0 < distance <= EPS + 1e-6 for distance in apart) >= 1
     assert "answer_changed,none" in found["results"][name]
+
+
+def test_silence_is_left_out_of_an_attack_in_decibels(model, tmp_path, monkeypatch):
+    miniatures.stand_in_for_torchcodec(monkeypatch)
+    sounds = [Sound(np.zeros(LENGTH, np.float32), RATE), *miniatures.recordings(1)]
+    name = miniatures.write_task(tmp_path, "clotho_aqa_test", sounds)
+    decibels = {"attack": "pgd", "attack_norm": "l2", "attack_snr": 40, "attack_steps": 1}
+    found = miniatures.run(model, tmp_path, [name], defense="none", **decibels)
+    summary = found["smoothguard_attacks"][name]
+    assert (summary["attacked"], summary["left_out"]) == (1, {TOO_FAINT: 1})
+    silent, heard = miniatures.infos(found, name)
+    assert silent["attack_left_out"] == TOO_FAINT and "attack_l2" not in silent and silent["clean_answer"]
+    assert heard["attack_l2"] > 0 and "attack_left_out" not in heard
+    assert found["results"][name]["answer_changed_count,none"] == 1
+
+
+def test_only_a_request_whose_sounds_are_all_silent_is_too_faint():
+    (sound,), silence = miniatures.recordings(1), Sound(np.zeros(800, np.float32), RATE)
+    docs = [{"media": [cell(silence)]}, {"media": [cell(silence), cell(sound)]}]
+    for budget, expected in (({"norm": "l2", "snr": 40}, [True, False]), ({"eps": EPS}, [False, False])):
+        assert [one.too_faint for one in plan(docs, name="pgd", **budget)[0]] == expected
+
+
+@pytest.mark.parametrize(
+    ("defense", "media", "said"),
+    [
+        ({"sigma": 0.2}, ["sound"], "sigma=0.2 given, of noise on pictures, and made has sounds"),
+        ({"noise_space": "pixel"}, ["sound"], "noise_space=pixel given"),
+        ({"sigma": 0.2}, ["picture"], None),
+        ({"sigma": 0.2}, ["sound", "picture"], None),
+        ({"sigma": 0.2, "audio_sigma": 0.05}, ["sound"], None),
+        ({"sigma": 0.2, "audio_snr": 20}, ["sound"], None),
+        ({}, ["sound"], None),
+    ],
+)
+def test_noise_of_pictures_on_a_task_of_sounds_is_said_once(defense, media, said, caplog):
+    (sound,) = miniatures.recordings(1)
+    docs = [{"media": [cell(sound) if kind == "sound" else PICTURE for kind in media]}] * 2
+    wrapper, requests = requested(docs)
+    planning.warn_of_noise(wrapper, requests, Options(choose({"defense": "smoothguard", **defense}), {}, None, 1))
+    warned = [record.getMessage() for record in caplog.records if record.name == planning.__name__]
+    assert len(warned) == (said is not None)
+    assert said is None or (said in warned[0] and "audio_sigma=0.02" in warned[0])
+
+
+def test_the_warning_about_noise_is_of_every_run(model, caplog):
+    miniatures.run(model, None, ["sounds_pope"], limit=1, num_samples=2, sigma=0.2)
+    assert sum("of noise on pictures" in record.getMessage() for record in caplog.records) == 1

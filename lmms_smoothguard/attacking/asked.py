@@ -17,7 +17,7 @@ class AttackRun:
 
     model: a hub id, a directory or tiny-llava; data: whatever `find_questions` takes, with split, limit, question and columns;
     targeted: every question has a target of its own; attack: its settings; defense: what EOT averages over, and what answers
-    what was crafted a second time; max_new_tokens: None = the data's own, else 32; judge, match: see `Rules`;
+    what was crafted a second time; defense_given: those of its fields that are not left to their defaults; max_new_tokens: None = the data's own, else 32; judge, match: see `Rules`;
     batch_size: rows of the model at once in crafting, EOT's draws and restarts counted; cache: of adversarial images and sounds;
     vision_tower, vision_tower_resolution: see `encoders.load_vision_tower`, None = the model's own tower.
     """
@@ -27,6 +27,7 @@ class AttackRun:
     out: Path
     attack: AttackSettings
     defense: Choice | None = None
+    defense_given: tuple[str, ...] = ()
     split: str | None = None
     limit: int | None = None
     question: str | None = None

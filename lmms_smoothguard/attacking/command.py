@@ -17,7 +17,9 @@ _DEFENSE = "The defence"
 
 
 def attack(
-    model: Annotated[str, typer.Argument(help="A hub id, a directory with safetensors weights, or tiny-llava.")],
+    model: Annotated[
+        str, typer.Argument(help="A hub id, a directory with safetensors weights, tiny-llava or tiny-audio.")
+    ],
     data: Annotated[
         str,
         typer.Argument(
@@ -28,7 +30,8 @@ def attack(
     out: Annotated[Path, typer.Option(help="Directory of the run; started again, it goes on where it was.")],
     name: Annotated[str, typer.Option("--attack", rich_help_panel=_ATTACK, help="A registered attack.")] = "pgd",
     eps: Annotated[
-        str | None, typer.Option(rich_help_panel=_ATTACK, help="Radius, such as 4/255; of sounds such as 0.0005.")
+        str | None,
+        typer.Option(rich_help_panel=_ATTACK, help="Radius, of pictures 4/255 by default; of sounds such as 0.0005."),
     ] = None,
     snr: Annotated[
         float | None,
@@ -51,8 +54,15 @@ def attack(
         typer.Option("--set", rich_help_panel=_ATTACK, help="Any other setting: --set momentum=0.9; may be repeated."),
     ] = None,
     defense: Annotated[str, typer.Option(rich_help_panel=_DEFENSE, help="A registered defence, or none.")] = "none",
-    sigma: Annotated[float | None, typer.Option(rich_help_panel=_DEFENSE)] = None,
-    noise_space: Annotated[str | None, typer.Option(rich_help_panel=_DEFENSE, help="normalized or pixel.")] = None,
+    sigma: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=_DEFENSE, help="Of noise on pictures; of that on sounds --defense-set audio_sigma=0.02."
+        ),
+    ] = None,
+    noise_space: Annotated[
+        str | None, typer.Option(rich_help_panel=_DEFENSE, help="Of noise on pictures: normalized or pixel.")
+    ] = None,
     num_samples: Annotated[int | None, typer.Option(rich_help_panel=_DEFENSE, help="N.")] = None,
     defense_settings: Annotated[
         list[str] | None,
@@ -95,6 +105,9 @@ def attack(
     from lmms_smoothguard.attacks.settings import AttackSettings
     from lmms_smoothguard.choice import choose
 
+    others = dict(_pairs("--set", settings))
+    _refuse_fields(others, defense)
+
     options = {"eps": eps, "snr": snr, "steps": steps, "norm": norm, "target": target, "eot": eot, "seed": attack_seed}
     fields: dict[str, Any] = {"sigma": sigma, "noise_space": noise_space, "num_samples": num_samples}
     given = _known(fields) | {key: parse_scalar(value) for key, value in _pairs("--defense-set", defense_settings)}
@@ -106,8 +119,9 @@ def attack(
         model=model,
         data=data,
         out=out,
-        attack=AttackSettings.parse({"name": name}, _known(options), dict(_pairs("--set", settings))),
+        attack=AttackSettings.parse({"name": name}, _known(options), others),
         defense=choose({"defense": defense, **given}),
+        defense_given=tuple(given),
         split=split,
         limit=limit,
         question=question,
@@ -128,6 +142,20 @@ def attack(
     if summary is not None:
         typer.echo("\n".join(describe(summary)))
         typer.echo(f"{summary['samples']} samples: {out / 'attacks.parquet'}")
+
+
+def _refuse_fields(settings: dict[str, str], defense: str) -> None:
+    """A setting of no attack that is a defence's field was meant for another option."""
+    from lmms_smoothguard.attacks.settings import all_fields
+    from lmms_smoothguard.choice import DEFAULT, field_names
+
+    name = DEFAULT if defense == "none" else defense
+    for field, value in settings.items():
+        if field in field_names(name) and field not in all_fields():
+            raise ConfigError(
+                f"--set is '{field}={value}', and {field} is a field of the defence {name}, no setting of an attack; expected "
+                f"--defense {name} --defense-set {field}={value}"
+            )
 
 
 def _known(options: dict[str, Any]) -> dict[str, Any]:

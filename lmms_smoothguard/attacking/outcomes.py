@@ -10,6 +10,8 @@ from lmms_smoothguard.judges import Verdict
 from lmms_smoothguard.judges.loading import LoadedJudge, load_judge
 
 MATCHES = ("exact", "contains")
+EMPTY_ANSWER = "the clean answer is empty: there is nothing to lead away from"
+"""Why a sample is left as it is, and out of every rate; the other reason is `TOO_FAINT`."""
 
 
 class Standing(NamedTuple):

@@ -10,12 +10,15 @@ from lmms_smoothguard.attacking.identity import described, versions
 from lmms_smoothguard.attacking.outcomes import Rules
 from lmms_smoothguard.attacking.store import Store
 from lmms_smoothguard.attacks.cache import default_cache_dir
+from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.errors import ConfigError
 from lmms_smoothguard.evaluation.questions import Questions
 from lmms_smoothguard.evaluation.tables import refuse_inside
 from lmms_smoothguard.processes import Processes
 
 MAX_NEW_TOKENS = 32
+_OF_PICTURES = ("sigma", "noise_space")
+"""What SmoothGuard's noise on pictures hangs on, and that on sounds does not."""
 
 
 def run_attack(asked: AttackRun) -> dict[str, Any] | None:
@@ -40,6 +43,7 @@ def run_attack(asked: AttackRun) -> dict[str, Any] | None:
         )
     if asked.targeted:
         _check_targets(questions)
+    _check_noise(asked, questions)
     asked = dataclasses.replace(
         asked,
         cache=cache,
@@ -72,4 +76,18 @@ def _check_targets(questions: Questions) -> None:
         raise ConfigError(
             f"{questions.source} has no target for {', '.join(without[:10])}; expected one for each question with --targeted, "
             "or one --target for all"
+        )
+
+
+def _check_noise(asked: AttackRun, questions: Questions) -> None:
+    """Noise that was asked for and never acts is refused, for the run's settings would name it."""
+    config = None if asked.defense is None else asked.defense.config
+    named = [field for field in _OF_PICTURES if field in asked.defense_given]
+    if not named or not isinstance(config, SmoothGuardConfig) or not questions.heard:
+        return
+    if all(question.sounds and not question.images for question in questions):
+        raise ConfigError(
+            f"--{named[0].replace('_', '-')} is {getattr(config, named[0])}, of noise on pictures, and all questions of "
+            f"{questions.source} have sounds alone; expected the size of noise on sounds, such as --defense-set audio_sigma=0.02 "
+            "(amplitude, full scale 1) or --defense-set audio_snr=20 (dB)"
         )

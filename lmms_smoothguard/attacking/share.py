@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 
 from lmms_smoothguard.attacking.asked import AttackRun
-from lmms_smoothguard.attacking.outcomes import Rules, Standing
+from lmms_smoothguard.attacking.outcomes import EMPTY_ANSWER, Rules, Standing
 from lmms_smoothguard.attacking.store import Store
 from lmms_smoothguard.attacking.summary import success_so_far
 from lmms_smoothguard.attacks.cache import AttackCache, Entry
 from lmms_smoothguard.attacks.craft import Crafter, Job
 from lmms_smoothguard.attacks.goals import goal
 from lmms_smoothguard.attacks.media import PICTURES, SOUNDS
+from lmms_smoothguard.attacks.sound_clips import TOO_FAINT, too_faint
 from lmms_smoothguard.choice import check
 from lmms_smoothguard.errors import AttackError, ConfigError
 from lmms_smoothguard.evaluation.questions import Question, Questions
@@ -31,19 +32,19 @@ log = logging.getLogger(__name__)
 
 _BATCHES_AHEAD = 8
 """Clean answers are asked for that many batches before crafting, so that there are enough of one length to share a batch."""
-EMPTY_ANSWER = "the clean answer is empty: there is nothing to lead away from"
 
 
 class Prepared(NamedTuple):
     """A sample before crafting; question: without its pictures and sounds, which are read again; job: likewise, with its inputs in
-    main memory, for many wait their turn; None where the sample cannot be attacked; sizes: of its pictures, and how long its
-    sounds are at the model's rate; standing: what its clean answer makes of it."""
+    main memory, for many wait their turn; None where the sample cannot be attacked, and `reason` says why; sizes: of its pictures, and
+    how long its sounds are at the model's rate; standing: what its clean answer makes of it."""
 
     number: int
     question: Question
     standing: Standing
     job: Job | None
     sizes: tuple[tuple[int, ...], ...]
+    reason: str | None = None
 
 
 class Share:
@@ -100,12 +101,13 @@ class Share:
             for key, value in inputs.items()
             if key != CLIPS  # the sounds once more, which are read again
         }
-        job = None if answer is None else Job(settings, (), waiting, answer)
-        lengths = tuple((len(sound.samples),) for sound in self._subject.sounds(question))
-        sizes = (*(image.size for image in question.images), *lengths)
-        if job is None:
-            standing = standing._replace(counted=False)
-        return Prepared(number, dataclasses.replace(question, images=(), sounds=()), standing, job, sizes)
+        sounds = self._subject.sounds(question)
+        sizes = (*(image.size for image in question.images), *((len(sound.samples),) for sound in sounds))
+        bare = dataclasses.replace(question, images=(), sounds=())
+        if answer is None or too_faint(sounds, settings.snr):
+            reason = EMPTY_ANSWER if answer is None else TOO_FAINT
+            return Prepared(number, bare, standing._replace(counted=False), None, sizes, reason)
+        return Prepared(number, bare, standing, Job(settings, (), waiting, answer), sizes)
 
     def _check_medium(self, question: Question) -> None:
         """Nothing is answered first that could not be attacked then."""
@@ -180,7 +182,7 @@ class Share:
         clean = [np.asarray(image) for image in question.images]
         made = {
             "attacked": False,
-            "reason": EMPTY_ANSWER,
+            "reason": one.reason,
             "images": self._store.put_images(one.question.id, clean),
             "sounds": self._store.put_sounds(one.question.id, self._subject.sounds(question)),
             "attack": dataclasses.replace(self._asked.attack, target=one.standing.target).to_dict(),

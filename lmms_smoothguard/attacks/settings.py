@@ -19,6 +19,14 @@ _LEAST_SNR, _MOST_SNR = (
     120.0,
 )  # a change of a hundred times the amplitude, and one that rounding to 16 bits undoes
 _TEXTS = ("name", "norm", "loss", "target")
+_BUDGETS = {
+    PICTURES: "--eps 4/255, or attack_eps=4/255 in lmms-eval",
+    SOUNDS: (
+        "--eps 0.0005 (amplitude, full scale 1) or --norm l2 --snr 45 (dB), or in lmms-eval attack_eps=0.0005 or "
+        "attack_norm=l2,attack_snr=45"
+    ),
+}
+"""Examples of a budget, as those write it who have no vocabulary of their own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +75,10 @@ class AttackSettings:
             raise ConfigError(
                 f"attack eps is {self.eps!r}, more than the whole range of a pixel; grey levels are written as {self.eps:g}/255"
             )
-        _check_rounding(self.eps, SOUNDS if _takes_sounds(self.name) else PICTURES)
+        if _takes_sounds(self.name):
+            _check_rounding(self.eps, SOUNDS)
+        else:
+            _check_rounding(self.eps, PICTURES, changed_by=self.name)
         if self.snr is not None:
             self._check_snr()
         if self.step_size is not None and (not _number(self.step_size) or not self.step_size > 0):
@@ -130,12 +141,14 @@ class AttackSettings:
         flat.pop("snr" if self.snr is None else "eps")
         return flat | flat.pop("options")
 
-    def check_medium(self, medium: Medium) -> None:
-        """Raises ConfigError for an attack or a budget that says nothing about this medium."""
+    def check_medium(self, medium: Medium, budgets: Mapping[Medium, str] = _BUDGETS) -> None:
+        """Raises ConfigError for an attack or a budget that says nothing about this medium. budgets: examples of one for each, as the
+        user would write it."""
         if medium is PICTURES:
             if self.snr is not None:
                 raise ConfigError(
-                    f"attack snr is {self.snr!r}, a budget of sounds, and the request has pictures; expected attack_eps"
+                    f"attack snr is {self.snr!r}, a budget of sounds, and the request has pictures; expected one for pictures, such as "
+                    f"{budgets[PICTURES]}"
                 )
         elif not _takes_sounds(self.name):
             raise ConfigError(
@@ -143,8 +156,8 @@ class AttackSettings:
             )
         elif self.snr is None and self.eps == _default_eps(self.name) and self.eps * PICTURES.steps >= 1:
             raise ConfigError(
-                f"attack eps is {self.eps:.4g}, the default, which is made for pictures; expected one for sounds, such as "
-                "attack_eps=0.0005 (amplitude, full scale 1), or attack_snr=45 (dB) with attack_norm=l2"
+                f"attack eps is {self.eps:.4g}, which pictures have by default and is made for pictures; expected one for "
+                f"sounds, such as {budgets[SOUNDS]}"
             )
         _check_rounding(self.eps, medium)
 
@@ -155,7 +168,8 @@ class AttackSettings:
             )
         if self.norm != "l2":
             raise ConfigError(
-                f"attack snr is {self.snr!r}, of L2 norms, and norm {self.norm!r}; expected attack_norm=l2"
+                f"attack snr is {self.snr!r}, of L2 norms, and norm {self.norm!r}; expected --norm l2, or attack_norm=l2 in "
+                "lmms-eval"
             )
         if self.eps not in (AttackSettings.eps, _default_eps(self.name)):
             raise ConfigError(
@@ -163,7 +177,7 @@ class AttackSettings:
             )
         if not _takes_sounds(self.name):
             raise ConfigError(
-                f"attack snr is {self.snr!r}, a budget of sounds, and attack {self.name!r} changes pictures; expected attack_eps, or "
+                f"attack snr is {self.snr!r}, a budget of sounds, and attack {self.name!r} changes pictures; expected eps, or "
                 f"one of {', '.join(sound_attacks())}"
             )
 
@@ -209,10 +223,16 @@ def _default_eps(name: str) -> Any:
     return parse_scalar(_defaults(name).get("eps", AttackSettings.eps))
 
 
-def _check_rounding(eps: float, medium: Medium) -> None:
+def _check_rounding(eps: float, medium: Medium, changed_by: str | None = None) -> None:
+    """changed_by: an attack that changes nothing but this medium."""
     if 0 < eps < 1 / medium.steps - 1e-9:
+        whose, instead = "attack eps", ""
+        if changed_by is not None:
+            whose = f"attack {changed_by!r} changes {medium.name} alone, and its eps"
+            instead = f", or for sounds one of {', '.join(sound_attacks())}"
         raise ConfigError(
-            f"attack eps is {eps!r}, less than one {medium.unit}: no {medium.file} lies that near; expected 1/{medium.steps} or more"
+            f"{whose} is {eps!r}, less than one {medium.unit}: no {medium.file} lies that near; expected 1/{medium.steps} or more"
+            f"{instead}"
         )
 
 

@@ -32,6 +32,18 @@ def sound_of_row(samples: torch.Tensor, rate: int) -> Sound:
     return Sound.from_pcm((samples * SOUNDS.steps).round().to(torch.int16).cpu().numpy(), rate)
 
 
+TOO_FAINT = "sounds too faint for the attack's snr"
+"""Why a sample of an attacked run is left as it is, and out of every rate under attack."""
+
+
+def too_faint(sounds: Sequence[Sound], snr: float | None) -> bool:
+    """Whether nothing of a request's sounds can be changed: a change by one step of 16 bits is nearer than `snr` decibels to each,
+    as any is to silence. Never without `snr`, nor without sounds."""
+    if snr is None or not sounds:
+        return False
+    return all(np.linalg.norm(sound.pcm.astype(np.float64)) * 10 ** (-snr / 20) < 1 for sound in sounds)
+
+
 def decibels_apart(adversarial: Slots, clean: Slots) -> list[list[float | None]]:
     """For each request, and each of its clips, the power of the clean clip over that of its change, in dB; None where one of them
     has none."""

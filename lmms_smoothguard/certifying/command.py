@@ -17,12 +17,15 @@ _CERTIFICATE = "The certificate"
 def certify(
     context: typer.Context,
     model: Annotated[
-        str, typer.Argument(help="A hub id, a directory with safetensors weights, tiny-llava; for classes tiny-clip.")
+        str,
+        typer.Argument(
+            help="A hub id, a directory with safetensors weights, tiny-llava, tiny-audio (answers) or tiny-clip (classes)."
+        ),
     ],
     data: Annotated[
         str,
         typer.Argument(
-            help="A folder of pictures, a parquet / json / jsonl / csv file, a data set, or an lmms-eval task."
+            help="A folder of pictures (for answers or sounds), a parquet / json / jsonl / csv file, a data set, or an lmms-eval task."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Directory of the run; started again, it goes on where it was.")],
@@ -34,8 +37,12 @@ def certify(
         ),
     ] = "features",
     sigma: Annotated[
-        float, typer.Option(rich_help_panel=_CERTIFICATE, help="In [0, 1] pixel units; of sounds in amplitude.")
-    ] = 0.25,
+        float | None,
+        typer.Option(
+            rich_help_panel=_CERTIFICATE,
+            help="In [0, 1] pixel units, 0.25 by default; of sounds in amplitude (full scale 1), without a default.",
+        ),
+    ] = None,
     n0: Annotated[int, typer.Option(rich_help_panel=_CERTIFICATE, help="Draws of a served mean (features).")] = 32,
     n: Annotated[int, typer.Option("--n", rich_help_panel=_CERTIFICATE, help="Draws that certify.")] = 1000,
     n_select: Annotated[
@@ -49,8 +56,13 @@ def certify(
         typer.Option(rich_help_panel=_CERTIFICATE, help="Of a served mean's own draws; alpha by default."),
     ] = None,
     radii: Annotated[
-        str, typer.Option(rich_help_panel=_CERTIFICATE, help="L2 norms, pixel units at the model's resolution.")
-    ] = ".1,.25,.5",
+        str | None,
+        typer.Option(
+            rich_help_panel=_CERTIFICATE,
+            help="L2 norms: of pictures in pixel units at the model's resolution, .1,.25,.5 by default; of sounds in amplitude, 0.5, 1 and 2 "
+            "sigma by default.",
+        ),
+    ] = None,
     similarity: Annotated[
         float, typer.Option(rich_help_panel=_CERTIFICATE, help="The cosine that the table asks about beside 0.")
     ] = 0.5,
@@ -109,7 +121,7 @@ def certify(
         n_select=n_select,
         alpha=alpha,
         beta=beta,
-        radii=_numbers("--radii", radii),
+        radii=None if radii is None else _numbers("--radii", radii),
         similarity=similarity,
         reference=reference,
         booster=booster,

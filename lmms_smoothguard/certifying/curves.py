@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmms_smoothguard.certify import ABSTAIN
-from lmms_smoothguard.certifying.asked import FEATURES, CertifyRun
+from lmms_smoothguard.certifying.asked import FEATURES, Certification
 from lmms_smoothguard.certifying.figures import Records, cosine
 from lmms_smoothguard.certifying.workers import Worker
 from lmms_smoothguard.evaluation.rates import wilson
@@ -24,7 +24,7 @@ _COSINES = (0.0, 0.5, 0.9)
 Curves = dict[str, list[float | None]]
 
 
-def curves(asked: CertifyRun, records: Records, worker: Worker) -> Curves:
+def curves(asked: Certification, records: Records, worker: Worker) -> Curves:
     """Over `radius`, from 0 to beyond what is certified. Of features: quartiles of FCSB over pictures, an abstaining one below all
     others, and the shares whose cosine is certified to be 0, .5 or .9 at least; of classes and answers: shares certified, and
     certified and right. None where n and alpha can certify nothing."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from lmms_smoothguard.certify import ABSTAIN, fcsb, served_bound
 from lmms_smoothguard.certify.gaussian import shifted
-from lmms_smoothguard.certifying.asked import FEATURES, CertifyRun
+from lmms_smoothguard.certifying.asked import FEATURES, Certification
 from lmms_smoothguard.certifying.workers import Worker
 from lmms_smoothguard.evaluation.clusters import clustered_rate
 from lmms_smoothguard.evaluation.figures import Figure
@@ -19,14 +19,14 @@ from lmms_smoothguard.evaluation.resampling import bootstrap_interval
 Records = Sequence[Mapping[str, Any]]
 
 
-def figures(asked: CertifyRun, records: Records, worker: Worker) -> dict[str, Figure]:
+def figures(asked: Certification, records: Records, worker: Worker) -> dict[str, Figure]:
     """By name. Of features: `S`, `lower` and, at each radius r, `inner@r`, `cos0@r`, `cos<t>@r`, `served0@r`; of classes and answers:
     `accuracy`, `clean_accuracy`, `abstained` and, at each radius, `certified@r` and `certified_accuracy@r`. See `docs/certificates.md`.
     """
     return _of_features(asked, records, worker) if asked.what == FEATURES else _of_votes(asked, records, worker)
 
 
-def _of_features(asked: CertifyRun, records: Records, worker: Worker) -> dict[str, Figure]:
+def _of_features(asked: Certification, records: Records, worker: Worker) -> dict[str, Figure]:
     scores = [record["certificate"]["score"] for record in records]
     lowers = np.array([record["certificate"]["lower"] for record in records])
     made = {"S": mean_figure(scores, asked.seed), "lower": mean_figure(lowers, asked.seed)}
@@ -43,7 +43,7 @@ def _of_features(asked: CertifyRun, records: Records, worker: Worker) -> dict[st
     return made
 
 
-def _of_votes(asked: CertifyRun, records: Records, worker: Worker) -> dict[str, Figure]:
+def _of_votes(asked: Certification, records: Records, worker: Worker) -> dict[str, Figure]:
     groups, largest = _groups(records), worker.largest(0.0)
     radii = [record["certificate"]["radius"] for record in records]
     abstained = [radius is None for radius in radii]
@@ -68,7 +68,7 @@ def cosine(lower: float, radius: float, sigma: float) -> float | None:
 
 
 def share(
-    outcomes: Sequence[bool], groups: Sequence[str] | None, radius: float, largest: float | None, asked: CertifyRun
+    outcomes: Sequence[bool], groups: Sequence[str] | None, radius: float, largest: float | None, asked: Certification
 ) -> Figure:
     """The share of certified outcomes; no value at a radius that n and alpha cannot certify, for 0 would read like a finding."""
     if largest is None or radius >= largest:

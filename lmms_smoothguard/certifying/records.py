@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lmms_smoothguard.attacking.store import Store
-from lmms_smoothguard.certifying.asked import FEATURES, CertifyRun
+from lmms_smoothguard.certifying.asked import FEATURES, Certification
 from lmms_smoothguard.certifying.curves import curves, draw
 from lmms_smoothguard.certifying.figures import Records, figures
 from lmms_smoothguard.certifying.workers import Worker
@@ -69,7 +69,7 @@ class CertificateRecord:
 
 
 def finished(
-    store: Store, asked: CertifyRun, command: str, settings: Mapping[str, Any], records: Records, worker: Worker
+    store: Store, asked: Certification, command: str, settings: Mapping[str, Any], records: Records, worker: Worker
 ) -> tuple[CertificateRecord, list[Path]]:
     """Writes everything, and returns the record and the files. Raises SmoothGuardError where they cannot be written."""
     similarities = (0.0, asked.similarity) if asked.what == FEATURES else (0.0,)

@@ -12,7 +12,7 @@ import numpy as np
 
 from lmms_smoothguard.attacking.identity import versions as package_versions
 from lmms_smoothguard.attacking.store import Store
-from lmms_smoothguard.certifying.asked import ANSWERS, CLASSES, CertifyRun
+from lmms_smoothguard.certifying.asked import ANSWERS, CLASSES, Certification, CertifyRun
 from lmms_smoothguard.certifying.records import AMPLITUDE, CertificateRecord, finished
 from lmms_smoothguard.certifying.workers import AnswerWorker, ClassWorker, FeatureWorker, Worker
 from lmms_smoothguard.errors import ConfigError, did_you_mean
@@ -45,13 +45,14 @@ def run_certify(asked: CertifyRun, command: str) -> tuple[CertificateRecord, lis
     )
     if asked.what != ANSWERS:
         questions.refuse_sounds(f"--what {asked.what}")
+    certification = asked.about(sounds=questions.heard)
     numbers = _all(questions) if asked.what == ANSWERS else _pictures(questions)
-    worker, identity = _prepared(asked, questions, numbers)
-    settings = _settings(asked, questions, numbers, identity)
+    worker, identity = _prepared(certification, questions, numbers)
+    settings = _settings(certification, questions, numbers, identity)
     store.open(settings, questions.ids, package_versions())
     store.sweep_up()
     records = _work(store, questions, numbers, worker)
-    return finished(store, asked, command, settings, records, worker)
+    return finished(store, certification, command, settings, records, worker)
 
 
 def _work(store: Store, questions: Questions, numbers: Sequence[int], worker: Worker) -> list[dict[str, Any]]:
@@ -76,7 +77,7 @@ def _work(store: Store, questions: Questions, numbers: Sequence[int], worker: Wo
 # -- the model ---------------------------------------------------------------------------------------------------------
 
 
-def _prepared(asked: CertifyRun, questions: Questions, numbers: Sequence[int]) -> tuple[Worker, dict[str, Any]]:
+def _prepared(asked: Certification, questions: Questions, numbers: Sequence[int]) -> tuple[Worker, dict[str, Any]]:
     """Who certifies, and the model's identity."""
     if asked.what == CLASSES:
         return _dual(asked, questions, numbers)
@@ -110,7 +111,7 @@ def _prepared(asked: CertifyRun, questions: Questions, numbers: Sequence[int]) -
     return FeatureWorker(asked, encoder, call), identity | {"booster": encoder.booster_digest}
 
 
-def _dual(asked: CertifyRun, questions: Questions, numbers: Sequence[int]) -> tuple[Worker, dict[str, Any]]:
+def _dual(asked: Certification, questions: Questions, numbers: Sequence[int]) -> tuple[Worker, dict[str, Any]]:
     from lmms_smoothguard.dual import DualEncoder
 
     classes = asked.classes or _labels(questions, numbers)
@@ -127,7 +128,7 @@ def _dual(asked: CertifyRun, questions: Questions, numbers: Sequence[int]) -> tu
     return ClassWorker(asked, encoder, dual, classes), identity
 
 
-def _encoder(asked: CertifyRun, model: Any, processor: Any) -> Any:
+def _encoder(asked: Certification, model: Any, processor: Any) -> Any:
     from lmms_smoothguard.smoothing.config import FeatureSmoothingConfig
     from lmms_smoothguard.smoothing.encoder import TowerEncoder
 
@@ -176,7 +177,7 @@ def _pictures(questions: Questions) -> list[int]:
 
 
 def _settings(
-    asked: CertifyRun, questions: Questions, numbers: Sequence[int], identity: dict[str, Any]
+    asked: Certification, questions: Questions, numbers: Sequence[int], identity: dict[str, Any]
 ) -> dict[str, Any]:
     """All that a certificate hangs on; what only the table asks about may be another the next time."""
     kept: dict[str, Any] = {

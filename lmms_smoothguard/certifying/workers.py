@@ -18,7 +18,7 @@ from lmms_smoothguard.certify import (
     largest_feature_radius,
 )
 from lmms_smoothguard.certify.features import SERVED
-from lmms_smoothguard.certifying.asked import CertifyRun
+from lmms_smoothguard.certifying.asked import Certification
 from lmms_smoothguard.choice import choose
 from lmms_smoothguard.dual import DualEncoder
 from lmms_smoothguard.errors import ConfigError
@@ -49,7 +49,7 @@ def _generator(seed: int, digest: str, purpose: str) -> torch.Generator:
 class FeatureWorker:
     """Of the features of one picture; encoder: a `TowerEncoder`; call: (question) -> what its tower is called with."""
 
-    def __init__(self, asked: CertifyRun, encoder: Any, call: Callable[[Question], Any]) -> None:
+    def __init__(self, asked: Certification, encoder: Any, call: Callable[[Question], Any]) -> None:
         self._asked, self._encoder, self._call = asked, encoder, call
 
     def certify(self, question: Question, digest: str) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class FeatureWorker:
 class ClassWorker:
     """Of the class of one picture."""
 
-    def __init__(self, asked: CertifyRun, encoder: Any, dual: DualEncoder, classes: Sequence[str]) -> None:
+    def __init__(self, asked: Certification, encoder: Any, dual: DualEncoder, classes: Sequence[str]) -> None:
         self._asked, self._encoder, self._dual, self._classes = asked, encoder, dual, tuple(classes)
         self._prototypes = dual.prototypes(classes, asked.prompts)
 
@@ -111,7 +111,7 @@ def _noise(question: Question, sigma: float) -> dict[str, Any]:
 class AnswerWorker:
     """Of the model's greedy answer to one question: SmoothGuard's own noisy copies, without the clean one, are its draws."""
 
-    def __init__(self, asked: CertifyRun, subject: Subject, max_new_tokens: int) -> None:
+    def __init__(self, asked: Certification, subject: Subject, max_new_tokens: int) -> None:
         self._asked, self._subject, self._tokens = asked, subject, max_new_tokens
 
     def certify(self, question: Question, digest: str) -> dict[str, Any]:

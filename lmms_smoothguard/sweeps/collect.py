@@ -16,6 +16,7 @@ from lmms_smoothguard.attacks.cache import AttackCache, Entry
 from lmms_smoothguard.attacks.craft import Crafter, Job
 from lmms_smoothguard.attacks.goals import goal
 from lmms_smoothguard.attacks.settings import AttackSettings
+from lmms_smoothguard.attacks.sound_clips import TOO_FAINT, too_faint
 from lmms_smoothguard.choice import Choice
 from lmms_smoothguard.errors import ConfigError
 from lmms_smoothguard.evaluation.pope import yes_or_no
@@ -34,11 +35,12 @@ QUIET = Noise(0.0, "pixel", 0)
 class Cell(NamedTuple):
     """What one question got under one condition and noise: the answer to the unperturbed input, and those of the noisy
     copies 1, 2, ...; `attack`: the adversarial picture's or sound's entry without its media, which many cells would not fit into memory
-    with; None for a clean picture."""
+    with; None for a clean picture; left_out: why it is in no rate under attack though its clean answer is right, if so."""
 
     plain: Ids
     noisy: tuple[Ids, ...]
     attack: Entry | None
+    left_out: str | None = None
 
 
 @dataclass
@@ -131,11 +133,14 @@ class Collector:
             plain = self._answerer.clean(arguments)
             copies = self._answerer.noisy(arguments, noise, self._grid.copies()) if noise.sigma else []
             bar.update()
-            yield Cell(plain, tuple(copies), None if entry is None else entry._replace(images=(), sounds=()))
+            faint = attack is not None and too_faint(self._subject.sounds(part.question), attack.snr)
+            kept = None if entry is None else entry._replace(images=(), sounds=())
+            yield Cell(plain, tuple(copies), kept, TOO_FAINT if faint else None)
 
     def _craft(self, asked: Sequence[_Asked], attack: AttackSettings, noise: Noise) -> dict[int, Entry]:
         """Adversarial pictures by the question's place: one set an attack; with EOT one for each noise that the attacker averages
-        over. A question whose clean answer is empty has none: there is nothing to lead away from, and it is in no ASR."""
+        over. A question whose clean answer is empty has none: there is nothing to lead away from, and it is in no ASR; nor has one whose
+        sounds are too faint for a budget in decibels."""
         key = noise._replace(seed=0) if attack.eot else None
         if key not in self._crafters:
             defense = Choice("smoothguard", noise.config) if attack.eot else None
@@ -156,9 +161,10 @@ class Collector:
             label=label,
             clean_is_right=label is None or is_right(said, label),
         )
-        if answer is None:
+        sounds = self._subject.sounds(part.question)
+        if answer is None or too_faint(sounds, attack.snr):
             return None
-        return Job(attack, part.question.images, part.inputs, answer, self._subject.sounds(part.question))
+        return Job(attack, part.question.images, part.inputs, answer, sounds)
 
 
 def _check(questions: Questions) -> None:

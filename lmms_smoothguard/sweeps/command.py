@@ -25,11 +25,13 @@ _PRESET = "Fixed sweeps"
 def sweep(
     context: typer.Context,
     model: Annotated[
-        str | None, typer.Argument(help="A hub id, a directory with safetensors weights, or tiny-llava.")
+        str | None, typer.Argument(help="A hub id, a directory with safetensors weights, tiny-llava or tiny-audio.")
     ] = None,
     data: Annotated[
         str | None,
-        typer.Argument(help="A folder of pictures, a parquet / json / csv file, a data set, or an lmms-eval task."),
+        typer.Argument(
+            help="A folder of pictures or sounds, a parquet / json / csv file, a data set, or an lmms-eval task."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory of the result file and the figures.")] = Path("runs/sweep"),
     sigma: Annotated[
@@ -43,7 +45,10 @@ def sweep(
         str, typer.Option(rich_help_panel=_GRID, help="none, attacks, and attacks through the defence: pgd+eot8.")
     ] = "none,pgd",
     eps: Annotated[
-        str, typer.Option(rich_help_panel=_GRID, help="Budgets of the attacks; 40dB below each sound.")
+        str,
+        typer.Option(
+            rich_help_panel=_GRID, help="Budgets of the attacks; of sounds such as 0.001, or 40dB below each."
+        ),
     ] = "4/255",
     settings: Annotated[
         list[str] | None,
@@ -86,6 +91,7 @@ def sweep(
     from lmms_smoothguard.attacks.cache import default_cache_dir
     from lmms_smoothguard.evaluation.tables import refuse_inside
     from lmms_smoothguard.sweeps import grid as grids
+    from lmms_smoothguard.sweeps.media import check_media
 
     if preset is not None:
         from lmms_smoothguard.sweeps.presets import run_preset
@@ -136,6 +142,7 @@ def sweep(
     processes = Processes()
     with processes.main_first():
         questions = find_questions(data, split=split, limit=limit, question=question, columns=named)
+    check_media(grid, questions)
     _run(processes, model, questions, grid, out, cache or default_cache_dir(), asked,
          {"max_new_tokens": max_new_tokens, "batch_size": batch_size}, device, dtype, tower)  # fmt: skip
 

@@ -40,7 +40,7 @@ def by_poisoned_copies(by_seed: BySeed) -> dict[str, Figure]:
     for listed in by_seed.values():
         groups = groups_of_samples(listed)
         for sample in listed:
-            if sample.candidates is not None and sample.clean_right is not False:
+            if sample.candidates is not None and sample.clean_right is not False and sample.left_out is None:
                 counted.setdefault(_poisoned(sample), []).append((not sample.right, groups[sample.id]))
     figures = {}
     for k in sorted(counted):

@@ -66,6 +66,7 @@ class Replay:
             attack_l2=record.get("l2"),
             attack_key=None if cell.attack is None else cell.attack.key,
             attack_seconds=record.get("seconds"),
+            left_out=cell.left_out,
         )
 
     def vote(self, cell: Cell, point: Point) -> tuple[list[str], Verdict]:

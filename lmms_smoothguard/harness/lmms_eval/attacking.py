@@ -1,7 +1,7 @@
 """Attacks the requests of a run before they are answered: plan, one clean pass each, crafting, other media in their places.
 
-A sample that cannot be attacked (no image or sound in a mixed task; an empty clean answer, which leaves nothing to lead away from)
-stays as it is, is logged with the reason, and is in no rate under attack. A clean answer is kept as a scorer would be given it
+A sample that cannot be attacked (no image or sound in a mixed task; an empty clean answer, which leaves nothing to lead away from;
+sounds so faint that nothing is so many decibels below them) stays as it is, is logged with the reason, and is in no rate under attack. A clean answer is kept as a scorer would be given it
 (`clean_answer` in the samples log), and where that is not all the model said but for white space, raw too
 (`clean_answer_raw`).
 """
@@ -18,6 +18,7 @@ from PIL import Image
 from lmms_smoothguard.attacks.cache import AttackCache, Entry
 from lmms_smoothguard.attacks.craft import Job
 from lmms_smoothguard.attacks.goals import goal
+from lmms_smoothguard.attacks.sound_clips import TOO_FAINT
 from lmms_smoothguard.attacks.universal_sounds import UniversalSoundCrafter
 from lmms_smoothguard.errors import AttackError
 from lmms_smoothguard.harness import ledger
@@ -25,7 +26,7 @@ from lmms_smoothguard.harness.lmms_eval import universal, universal_sounds
 from lmms_smoothguard.harness.lmms_eval.ears import Ear, check_heard
 from lmms_smoothguard.harness.lmms_eval.finishing import Finished, Finisher
 from lmms_smoothguard.harness.lmms_eval.instances import document_of, with_images, with_sounds
-from lmms_smoothguard.harness.lmms_eval.planning import Plan, plan
+from lmms_smoothguard.harness.lmms_eval.planning import Plan, plan, warn_of_noise
 from lmms_smoothguard.harness.options import Options
 from lmms_smoothguard.harness.recording import PlainPass, recorded
 from lmms_smoothguard.harness.summary import NO_ANSWER, NO_IMAGE, NO_SOUND, told_of
@@ -51,6 +52,7 @@ def attacked_requests(
     `answer`: the wrapper's own, undefended answer to a request; `finisher`: what makes of it what a scorer is given;
     `quiet`: no progress bars.
     """
+    warn_of_noise(wrapper, requests, options)
     together, others = universal.split(requests, options)
     together, heard_together = universal_sounds.split(wrapper, together, processor)
     others, ear = [*others, *heard_together], Ear.of(processor)
@@ -80,6 +82,9 @@ def attacked_requests(
     changed = universal_sounds.changed(way, courses, crafter, tokenizer)
     jobs: list[tuple[Plan, PlainPass, Job]] = []
     for one, plain in passes:
+        if one.too_faint:
+            made[id(one.request)] = _left_out(wrapper, one.request, TOO_FAINT, plain.text, clean[id(one.request)])
+            continue
         if (found := changed.get(id(one.request))) is not None:
             arguments = _adversarial(wrapper, one, found.entry)
             made[id(one.request)] = _attacked(one, plain, clean[id(one.request)], found.entry, arguments)

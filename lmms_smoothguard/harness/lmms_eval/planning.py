@@ -13,11 +13,20 @@ from PIL import Image
 
 from lmms_smoothguard.aggregation.verdict import normalize_answer
 from lmms_smoothguard.attacks.media import PICTURES, SOUNDS
+from lmms_smoothguard.attacks.sound_clips import too_faint
+from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.errors import AttackError, did_you_mean
 from lmms_smoothguard.harness import ledger, sharding
 from lmms_smoothguard.harness.lmms_eval.ears import Ear, heard_as
 from lmms_smoothguard.harness.lmms_eval.finishing import PADDING
-from lmms_smoothguard.harness.lmms_eval.instances import document_of, has_media, images_of, reading, sounds_of
+from lmms_smoothguard.harness.lmms_eval.instances import (
+    document_of,
+    has_media,
+    images_of,
+    media_kinds,
+    reading,
+    sounds_of,
+)
 from lmms_smoothguard.harness.options import Options, TaskAttack
 from lmms_smoothguard.sounds import Sound
 
@@ -40,6 +49,11 @@ class Plan:
     right: tuple[str, ...]
     sounds: tuple[Sound, ...] = ()
 
+    @property
+    def too_faint(self) -> bool:
+        """Whether its sounds are silent, or so nearly that the budget in decibels leaves no room for any change."""
+        return too_faint(self.sounds, self.attack.settings.snr)
+
     def label(self, clean_answer: str) -> str | None:
         """What to lead away from; None is the model's own clean answer, in its own tokens.
 
@@ -48,6 +62,28 @@ class Plan:
         if not self.right or any(_same(clean_answer, text) for text in self.right):
             return None
         return Counter(self.right).most_common(1)[0][0]
+
+
+def warn_of_noise(wrapper: Any, requests: Sequence[Instance], options: Options) -> None:
+    """Says once where SmoothGuard's noise is set for pictures alone and tasks have sounds alone, as their first samples show it."""
+    config, plain = None if options.defense is None else options.defense.config, SmoothGuardConfig()
+    if not isinstance(config, SmoothGuardConfig) or (config.audio_sigma, config.audio_snr) != (plain.audio_sigma, None):
+        return
+    changed = [name for name in ("sigma", "noise_space") if getattr(config, name) != getattr(plain, name)]
+    if not changed:
+        return
+    heard = []
+    for task, request in {request.task_name: request for request in reversed(requests)}.items():
+        with reading(request):
+            if media_kinds(wrapper, request) == {"sounds"}:
+                heard.append(task)
+    if heard:
+        given = ", ".join(f"{name}={getattr(config, name)}" for name in changed)
+        log.warning(
+            "%s given, of noise on pictures, and %s has sounds, whose noise is audio_sigma=%g by default; expected audio_sigma=... or "
+            "audio_snr=... for another",
+            given, ", ".join(map(str, sorted(heard))), config.audio_sigma,
+        )  # fmt: skip
 
 
 def plan(
