@@ -146,7 +146,9 @@ def test_the_noisy_picture_is_what_the_model_was_given(tmp_path, monkeypatch):
     pictures = PictureGallery(tmp_path / "cache" / "attacks", "shapes_pope_pgd", MODEL_DIR, config).of(sample)
     assert len(given) == 2  # the run's and the page's
     assert given[0].equal(given[1])
-    assert np.array_equal(pictures.by_kind["noisy"].picture, ((given[0][0] + 1) / 2 * 255).round().byte().permute(1, 2, 0).numpy())
+    assert np.array_equal(
+        pictures.by_kind["noisy"].picture, ((given[0][0] + 1) / 2 * 255).round().byte().permute(1, 2, 0).numpy()
+    )
 
 
 def config_of(directory, settings):

@@ -92,7 +92,9 @@ CERTIFICATIONS = (
 )
 _HEARD = ("--what", "answers", "--n", "1000", "--n-select", "64", "--radii", ".01,.02,.05,.1,.179", "--limit", "100")
 CERTIFICATIONS_OF_SOUNDS = tuple(
-    Certification(f"certified_sounds_{sigma}", ("tiny-audio", "sounds_pope", "--sigma", sigma, *_HEARD), generated=False)
+    Certification(
+        f"certified_sounds_{sigma}", ("tiny-audio", "sounds_pope", "--sigma", sigma, *_HEARD), generated=False
+    )
     for sigma in ("0.02", "0.08")
 )
 """A change of 0.001 in every sample of two seconds at 16 kHz has an L2 norm of 0.179."""
