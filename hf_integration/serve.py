@@ -58,6 +58,10 @@ def _defended(defense: Choice) -> Iterator[None]:
         app = build(*args, **kwargs)
         _keep_routes(app)
         app.add_exception_handler(SmoothGuardError, _refused)
+        with contextlib.suppress(ImportError):
+            from soundfile import LibsndfileError
+
+            app.add_exception_handler(LibsndfileError, _unreadable)
         return app
 
     def load_attached(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -81,7 +85,15 @@ def _keep_routes(app: Any) -> None:
 
 
 async def _refused(request: Any, error: Exception) -> Any:
+    return _told(explain(error), "undefendable")
+
+
+async def _unreadable(request: Any, error: Exception) -> Any:
+    return _told(f"a sound of the request cannot be read ({error}); expected a whole WAV or FLAC file", "unreadable")
+
+
+def _told(message: str, code: str) -> Any:
     from fastapi.responses import JSONResponse
 
-    told = {"message": explain(error), "type": "invalid_request_error", "param": None, "code": "undefendable"}
+    told = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
     return JSONResponse({"error": told}, 400)

@@ -46,3 +46,7 @@ def test_a_servers_answers_about_sounds_are_the_defended_ones(asked, tmp_path):
                 response = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=120)
                 assert response.status_code == 200, response.text
                 assert response.json()["choices"][0]["message"]["content"].strip() == drowned
+        sound["data"] = base64.b64encode(b"no sound at all").decode()
+        refused = httpx.post(f"{address}/v1/chat/completions", json=request, timeout=120)
+        assert refused.status_code == 400, refused.text
+        assert "cannot be read" in refused.json()["error"]["message"]
