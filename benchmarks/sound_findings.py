@@ -46,7 +46,7 @@ def _adaptive(sweeps: Sweeps) -> str:
     usual = _asr(_at(adaptive, 0.02), _ADAPTIVE)
     hold(little.high < through.low, "at sigma 0.005 the adaptive attack is stronger")
     return (
-        f"**An attacker who averages over the noise needs more of it.** At sigma 0.005 ASR is {rate(little)} by the standard attack and "
+        f"**Against an attacker who averages over the noise, more noise is needed.** At sigma 0.005 ASR is {rate(little)} by the standard attack and "
         f"{rate(through)} by the adaptive one; at sigma 0.02 that has {rate(usual)}."
     )
 

@@ -94,8 +94,8 @@ AUDIO = (
     _heard("audio_eps", "sounds_pope", 100, "budgets, sounds", ("pgd",), _ROOMS, sigmas=(0.0, 0.02)),
     _heard("audio_sigma_eot", "sounds_pope", 100, "noise and copies, sounds, adaptive attack", _ADAPTIVE,
            sigmas=(0.0, 0.0025, 0.005, 0.02, 0.08), num_samples=(1, 2, 3, 5, 10)),
-    _heard("audio_eps_eot", "sounds_pope", 30, "budgets, sounds, adaptive attack", _ADAPTIVE, _ROOMS, sigmas=(0.0, 0.02)),
-    _heard("audio_captions_eot", "sounds_caption", 30, "votes on sentences about sounds, adaptive attack", _ADAPTIVE,
+    _heard("audio_eps_eot", "sounds_pope", 60, "budgets, sounds, adaptive attack", _ADAPTIVE, _ROOMS, sigmas=(0.0, 0.02)),
+    _heard("audio_captions_eot", "sounds_caption", 60, "votes on sentences about sounds, adaptive attack", _ADAPTIVE,
            **_HEARD_VOTE),
 )  # fmt: skip
 PRESETS = {"readme": README, "audio": AUDIO}
