@@ -88,7 +88,7 @@ def _questions(sweeps: Sweeps) -> str:
     for record, task in ((standard, "pgd 4/255"), (adaptive, "pgd+eot8 4/255")):
         for point in _full(record):
             hold(_difference(point, task).value == 0, "every aggregator answers as a vote does")
-    alone, through = _alone(standard, "pgd 4/255"), _alone(adaptive, "pgd+eot8 4/255")
+    alone, through = one_copy(standard, "pgd 4/255"), one_copy(adaptive, "pgd+eot8 4/255")
     return (
         "**On yes / no questions clustering adds nothing:** medoid, k-means and silhouette, over each embedding, have the ASR of a plain vote. "
         f"The noise does most of it: one noisy copy alone has {difference(alone)} points more ASR, {difference(through)} under the adaptive attack."
@@ -97,7 +97,7 @@ def _questions(sweeps: Sweeps) -> str:
 
 def _sentences(sweeps: Sweeps) -> str:
     standard, adaptive = sweeps["sweep_captions"], sweeps["sweep_captions_eot"]
-    alone = _alone(standard, "pgd 4/255")
+    alone = one_copy(standard, "pgd 4/255")
     both = [(standard, "pgd 4/255"), (adaptive, "pgd+eot8 4/255")]
     clusters = [
         _difference(point, task)
@@ -156,7 +156,8 @@ def _full(record: SweepRecord) -> list[PointRecord]:
     ]
 
 
-def _alone(record: SweepRecord, task: str) -> Figure:
+def one_copy(record: SweepRecord, task: str) -> Figure:
+    """How much more ASR one noisy copy alone has than the vote on all, paired."""
     return next(_difference(point, task) for point in record.points if _is(point, num_samples=1))
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from findings import hold, rate
+from findings import hold, one_copy, rate
 from lmms_smoothguard.certifying.records import CertificateRecord
 from lmms_smoothguard.evaluation.figures import Figure
 from lmms_smoothguard.sweeps.grid import CLEAN
 from lmms_smoothguard.sweeps.records import PointRecord, SweepRecord
+from lmms_smoothguard.sweeps.tables import difference
 
 Sweeps = Mapping[str, SweepRecord]
 _STANDARD, _ADAPTIVE = "pgd 0.001", "pgd+eot8 0.001"
@@ -23,7 +24,7 @@ def sound_findings(sweeps: Sweeps, certificates: Mapping[str, CertificateRecord]
 
 def sound_headlines(sweeps: Sweeps) -> str:
     """What the README says of them: does it defend, and where does it break."""
-    return "\n".join(f"- {part}" for part in (_answer(sweeps), _adaptive(sweeps), _breaks(sweeps)))
+    return "\n".join(f"- {part}" for part in (_answer(sweeps), _adaptive(sweeps), _breaks(sweeps), _alone(sweeps)))
 
 
 def _answer(sweeps: Sweeps) -> str:
@@ -61,27 +62,48 @@ def _breaks(sweeps: Sweeps) -> str:
     return f"**Where it breaks.** ASR at sigma 0.02, by the standard and by the adaptive attack: {'; '.join(told)}."
 
 
+def _alone(sweeps: Sweeps) -> str:
+    questions, sentences = (
+        [one_copy(sweeps[name], task) for name, task in ((standard, _STANDARD), (f"{standard}_eot", _ADAPTIVE))]
+        for standard in ("audio_votes", "audio_captions")
+    )
+    hold(
+        all(one.low <= 0 <= one.high for one in (*questions, *sentences)),
+        "one noisy copy alone does as well as ten, as far as can be told",
+    )
+    told = "; ".join(
+        f"{about} {difference(standard)}, adaptive {difference(adaptive)}"
+        for about, (standard, adaptive) in (("questions", questions), ("sentences", sentences))
+    )
+    return (
+        "**The noise does it; the vote was not seen to add to it.** One noisy copy alone differs from ten in ASR by no more than its interval, "
+        f"where attacks still get through (sigma 0.0025): {told} points."
+    )
+
+
 def _clusters(sweeps: Sweeps) -> str:
-    questions = [
-        point.figures[_STANDARD]["asr - vote"]
-        for point in sweeps["audio_votes"].points
-        if point.defense is not None and point.defense["aggregator"] != "vote"
-    ]
+    asked = {
+        name: [
+            point.figures[task]["asr - vote"]
+            for point in sweeps[name].points
+            if point.defense is not None and point.defense["aggregator"] != "vote" and point.defense["num_samples"] > 1
+        ]
+        for standard in ("audio_votes", "audio_captions")
+        for name, task in ((standard, _STANDARD), (f"{standard}_eot", _ADAPTIVE))
+    }
+    questions = [one for name in ("audio_votes", "audio_votes_eot") for one in asked[name]]
+    sentences = [one for name in ("audio_captions", "audio_captions_eot") for one in asked[name]]
     hold(all(one.value == 0 for one in questions), "every aggregator answers yes / no questions as a vote does")
-    sentences = [
-        point.figures[task]["asr - vote"]
-        for name, task in (("audio_captions", _STANDARD), ("audio_captions_eot", _ADAPTIVE))
-        for point in sweeps[name].points
-        if point.defense is not None and point.defense["aggregator"] != "vote"
-    ]
     hold(
         all(one.low <= 0 <= one.high for one in sentences),
         "no clustering of sentences differs from the vote beyond its interval",
     )
     low, high = (100 * pick(one.value for one in sentences) for pick in (min, max))
+    least, most = 100 * min(one.low for one in sentences), 100 * max(one.high for one in sentences)
     return (
-        "**Clustering adds nothing** beyond counting equal answers: on yes / no questions every way to vote has the ASR of the plain vote (sigma 0.0025, "
-        f"where attacks still get through); on sentences they lie {low:+.1f} to {high:+.1f} points from it, none beyond its interval."
+        "**No clustering was seen to beat counting equal answers.** On yes / no questions every way to vote gives the answers of the plain vote "
+        f"(sigma 0.0025); on sentences they lie {low:+.1f} to {high:+.1f} points of ASR from it, none beyond its interval, which all lie within "
+        f"{least:+.1f} to {most:+.1f}: a gain smaller than that would not have been seen."
     )
 
 

@@ -19,7 +19,7 @@ from lmms_smoothguard.sweeps.canvas import save
 from lmms_smoothguard.sweeps.plots import sigma_figure
 from lmms_smoothguard.sweeps.presets import AUDIO
 from lmms_smoothguard.sweeps.records import SweepRecord, read_sweep
-from lmms_smoothguard.sweeps.tables import budgets_table, sigma_table, votes_table
+from lmms_smoothguard.sweeps.tables import budgets_table, intervals, sigma_table, votes_table
 from sound_findings import sound_findings
 
 ROOT = Path(__file__).parent.parent
@@ -38,10 +38,12 @@ digits, was trained to be as fragile as large models are when clean, and with no
 speech, music and rooms were not measured, nor any large model; the tables show that the code works, and how settings compare under one protocol.
 
 Every table is written by `benchmarks/sound_pages.py` from result files in `benchmarks/results`, which `make sounds` makes. Brackets are 95 %
-intervals: Wilson's for rates; paired differences from the vote on all copies, in percentage points, by a bootstrap over clips. ASR counts questions
-that the undefended model gets right when clean. Attacks change the waveform, their results are 16-bit PCM and scored through the ordinary path. A budget
-such as 0.001 is L-inf, in amplitude (full scale 1); one in dB is L2, so far below each clip's own power. The adaptive attacker averages over
-the defence's noise (EOT, 8 draws a step), with draws of its own; a dash was not run."""
+intervals: {intervals} (three yes / no questions are about one, captions have one each). Paired differences from the
+vote on all copies are in percentage points, by a bootstrap over clips; where no answer differs, Wilson's interval of none in as many trials
+as there are clips. ASR counts questions that the undefended model gets right when clean. Attacks change the waveform, their results are 16-bit
+PCM and scored through the ordinary path. A budget such as 0.001 is L-inf, in amplitude (full scale 1); one in dB is L2, so far below each
+clip's own power. The adaptive attacker averages over the defence's noise (EOT, 8 draws a step), with draws of its own. A dash was not run;
+ABSTAIN: no number of equal draws among those taken would certify that radius."""
 
 
 class Measured(NamedTuple):
@@ -70,7 +72,7 @@ def page(found: Measured) -> str:
     ]
     certified = {f"sigma {record.settings['certificate']['sigma']:g}": record for record in found.certificates.values()}
     parts = [
-        _HEAD + sound_findings(*found) + "\n" + _LIMITS,
+        _HEAD + sound_findings(*found) + "\n" + _LIMITS.format(intervals=intervals(sweeps.values(), "clip")),
         "## Noise of a set amplitude\n\n![Accuracy and ASR against sigma](sounds.svg)\n\n"
         + sigma_table(sweeps["audio_sigma"], sweeps["audio_sigma_eot"]),
         "## Noise below each clip's own power\n\n" + sigma_table(sweeps["audio_snr"], None),

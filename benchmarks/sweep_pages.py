@@ -15,7 +15,7 @@ from lmms_smoothguard.sweeps.canvas import save
 from lmms_smoothguard.sweeps.plots import pareto_figure, sigma_figure
 from lmms_smoothguard.sweeps.presets import README, minilm
 from lmms_smoothguard.sweeps.records import SweepRecord, read_sweep, read_sweep_samples
-from lmms_smoothguard.sweeps.tables import budgets_table, poisoned_table, sigma_table, votes_table
+from lmms_smoothguard.sweeps.tables import budgets_table, intervals, poisoned_table, sigma_table, votes_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
@@ -33,7 +33,7 @@ def page(found: dict[str, SweepRecord]) -> str:
     parts = [
         "# Sweeps on the embedded model",
         "Every table is written by `benchmarks/sweep_pages.py` from `benchmarks/results/sweep*.json`; `smoothguard sweep --preset "
-        "readme`\nmakes those. Brackets are 95 % intervals: Wilson's for rates; paired differences from the vote on all ten "
+        f"readme`\nmakes those. Brackets are 95 % intervals: {intervals(found.values(), 'scene')}; paired differences from the vote on all ten "
         "copies, in percentage\npoints, by a bootstrap over scenes. ASR counts questions that the undefended model gets right "
         "when clean. The adaptive\nattacker averages over the defence's noise (EOT, 8 draws a step).",
         "## Noise\n\n![Accuracy and ASR against sigma, standard and adaptive](sigma.svg)\n\n" + sigma_table(sigma, sigma_eot),

@@ -24,7 +24,7 @@ from lmms_smoothguard.report.smoothed import (
     ROWS,
     SMOOTHED,
 )
-from lmms_smoothguard.report.smoothed_table import attacks_markdown, certificates_markdown
+from lmms_smoothguard.report.smoothed_table import attacks_markdown, certificates_markdown, votes_markdown
 from lmms_smoothguard.smoothing.config import FeatureSmoothingConfig
 from lmms_smoothguard.tiny.clip_model import PROMPT
 from lmms_smoothguard.tiny.sounds.clips import RATE, SECONDS
@@ -167,6 +167,13 @@ def test_a_mean_bound_below_zero_is_told_as_what_it_certifies():
     for share, told in ((0.42, ">= 0 for 42.0 (41.0-43.0) %"), (0.0, "ABSTAIN")):
         found = certificates(S=0.8, **{"inner@0.1": -0.2, "cos0@0.1": share})
         assert f"| {told} |" in certificates_markdown({"certified_fs": found}).splitlines()[2]
+
+
+def test_a_radius_that_no_draws_would_certify_is_no_dash():
+    found = certificates(accuracy=0.9, **{"certified_accuracy@0.1": 0.7})
+    beyond = Figure(value=None, low=None, high=None, count=9, method="ABSTAIN: no radius of 0.05 or more ...")
+    found = dataclasses.replace(found, figures={**found.figures, "certified_accuracy@0.1": beyond})
+    assert votes_markdown({"sigma 0.02": found}).endswith("| sigma 0.02 | 90.0 (89.0-91.0) | ABSTAIN |")
 
 
 def test_the_sets_that_certificates_are_of_are_read_as_they_were_written(tmp_path):

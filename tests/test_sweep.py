@@ -395,6 +395,29 @@ def test_asr_by_poisoned_copies_takes_several_seeds_of_a_question_for_a_cluster(
     assert three.high - three.low >= one.high - one.low  # the same questions again tell nothing new
 
 
+def test_rates_of_questions_about_one_scene_are_over_scenes():
+    outcomes = ["no"] * 12 + ["yes"] * 18
+    alone = [sample(str(n), ["yes", answer], answer) for n, answer in enumerate(outcomes)]
+    shared = [dataclasses.replace(one, group=str(n // 3)) for n, one in enumerate(alone)]
+    for name, figures in (("accuracy", rates), ("asr", rates), ("wrong[1]", by_poisoned_copies)):
+        apart, together = (figures({0: listed})[name] for listed in (alone, shared))
+        assert together.value == apart.value and together.count == apart.count
+        assert name == "wrong[1]" or together.high - together.low > 1.5 * (apart.high - apart.low)
+    none = rates({0: [sample(str(n), ["yes"] * 2, "yes", group=str(n // 3)) for n in range(30)]})["asr"]
+    assert none.high > 1.96**2 / (10 + 1.96**2)  # of ten scenes, not of thirty questions
+
+
+def test_tables_say_how_their_intervals_were_made_and_what_was_not_run(swept):
+    record, _ = swept
+    told = tables.intervals([record], "scene")
+    methods = {f.method for p in record.points for task in p.figures.values() for n, f in task.items() if n == "asr"}
+    assert ("scene" in told) == any("over groups" in method for method in methods)
+    heads, _, *rows = tables.sigma_table(record, None).splitlines()
+    assert heads.count(" | ") == 2 and all(row.count(" | ") == 2 for row in rows)
+    heads, _, *rows = tables.sigma_table(record, record).splitlines()
+    assert rows[0].endswith("| the standard attack |") and not any("standard" in row for row in rows[1:])
+
+
 def test_seeds_are_pooled_over_questions():
     one = [sample(str(n), ["yes"] * 2, "yes") for n in range(4)]
     other = [sample(str(n), ["no"] * 2, "no") for n in range(4)]

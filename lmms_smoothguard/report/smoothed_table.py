@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lmms_smoothguard.certify import ABSTAIN
 from lmms_smoothguard.certifying.records import CertificateRecord
 from lmms_smoothguard.evaluation.figures import Figure
 from lmms_smoothguard.evaluation.records import Record
@@ -76,6 +77,8 @@ def _of(record: Record, task: str, figure: str) -> str:
 
 
 def _percent(found: Figure) -> str:
+    if found.value is None and found.method.startswith(ABSTAIN):
+        return ABSTAIN
     if found.value is None or found.low is None or found.high is None:
         return "-"
     return f"{100 * found.value:.1f} ({100 * found.low:.1f}-{100 * found.high:.1f})"
@@ -98,7 +101,7 @@ def _bound(figures: Mapping[str, Figure], radius: float) -> str:
     mean, share = figures[f"inner@{radius:g}"], figures[f"cos0@{radius:g}"]
     if mean.value is None or mean.value >= 0:
         return _number(mean)
-    return f">= 0 for {_percent(share)} %" if share.value else "ABSTAIN"
+    return f">= 0 for {_percent(share)} %" if share.value else ABSTAIN
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:

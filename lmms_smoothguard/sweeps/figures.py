@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-from lmms_smoothguard.evaluation.clusters import clustered_rate, design_effect
+from lmms_smoothguard.evaluation.clusters import clustered_rate
 from lmms_smoothguard.evaluation.differences import paired_difference
 from lmms_smoothguard.evaluation.figures import Figure
 from lmms_smoothguard.evaluation.means import mean
@@ -21,7 +21,7 @@ BySeed = Mapping[int, Sequence[SampleRecord]]
 
 def rates(by_seed: BySeed) -> dict[str, Figure]:
     """accuracy; asr of an attacked task; agreement of a defended one; poisoned: the mean share of noisy copies that are
-    wrong. Wilson's intervals; several seeds are pooled over questions."""
+    wrong. Questions about one scene or clip are a cluster; several seeds are pooled over questions."""
     samples = [sample for listed in by_seed.values() for sample in listed]
     figures = {"accuracy": _rate({seed: outcomes(listed, "accuracy") for seed, listed in by_seed.items()}, by_seed)}
     if samples[0].clean_right is not None:
@@ -34,8 +34,8 @@ def rates(by_seed: BySeed) -> dict[str, Figure]:
 
 def by_poisoned_copies(by_seed: BySeed) -> dict[str, Figure]:
     """`wrong[k]`: of the samples that the undefended model gets right when clean and of whose noisy copies k are wrong, the
-    share whose vote is wrong: ASR, by how many copies the attack still reaches through the noise. Of several seeds the
-    outcomes of one question, or scene, are a cluster."""
+    share whose vote is wrong: ASR, by how many copies the attack still reaches through the noise. The outcomes of one
+    question, scene or clip are a cluster."""
     counted: dict[int, list[tuple[bool, Hashable]]] = {}
     for listed in by_seed.values():
         groups = groups_of_samples(listed)
@@ -45,7 +45,7 @@ def by_poisoned_copies(by_seed: BySeed) -> dict[str, Figure]:
     figures = {}
     for k in sorted(counted):
         wrong, places = zip(*counted[k], strict=True)
-        figures[f"wrong[{k}]"] = clustered_rate(wrong, places) if len(by_seed) > 1 else rate(wrong).figure()
+        figures[f"wrong[{k}]"] = _over_groups(wrong, places)
     return figures
 
 
@@ -70,7 +70,12 @@ def _rate(by_seed: Mapping[Hashable, Mapping[str, bool]], samples: BySeed) -> Fi
     if len(by_seed) > 1 and next(iter(by_seed.values())):
         return pooled_rate(by_seed, groups)
     (told,) = list(by_seed.values())[:1]
-    return rate(told.values()).figure(design_effect(list(told.values()), [groups[name] for name in told]))
+    return _over_groups(list(told.values()), [groups[name] for name in told])
+
+
+def _over_groups(told: Sequence[bool], groups: Sequence[Hashable]) -> Figure:
+    """Wilson's interval where each outcome has a group of its own, else over the groups."""
+    return rate(told).figure() if len(set(groups)) == len(groups) else clustered_rate(told, groups)
 
 
 def _mean(by_seed: BySeed, of: Any) -> Figure:

@@ -83,7 +83,7 @@ README = (
     _part("sweep_captions_eot", "shapes_caption", 100, "votes on sentences, adaptive attack", _ADAPTIVE, **_EVERY_VOTE),
 )  # fmt: skip
 _ROOMS = ("0.0005", "0.001", "0.002", "0.005", "0.01", "0.02", "40dB", "30dB", "20dB")
-_HEARD_VOTE = {**_EVERY_VOTE, "sigmas": (0.0025,), "clean_copy": (True,), "num_samples": (10,)}
+_HEARD_VOTE = {**_EVERY_VOTE, "sigmas": (0.0025,), "clean_copy": (True,)}
 AUDIO = (
     _heard("audio_sigma", "sounds_pope", 300, "noise and copies, sounds", _STANDARD,
            sigmas=(0.0, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32), num_samples=(1, 2, 3, 5, 10)),
@@ -91,9 +91,11 @@ AUDIO = (
            sigmas=(0.0, 40.0, 30.0, 20.0, 10.0, 5.0)),
     _heard("audio_captions", "sounds_caption", 100, "votes on sentences about sounds", _STANDARD, **_HEARD_VOTE),
     _heard("audio_votes", "sounds_pope", 150, "votes on yes / no questions about sounds", _STANDARD, **_HEARD_VOTE),
-    _heard("audio_eps", "sounds_pope", 100, "budgets, sounds", ("pgd",), _ROOMS, sigmas=(0.0, 0.02)),
-    _heard("audio_sigma_eot", "sounds_pope", 100, "noise and copies, sounds, adaptive attack", _ADAPTIVE,
+    _heard("audio_eps", "sounds_pope", 210, "budgets, sounds", ("pgd",), _ROOMS, sigmas=(0.0, 0.02)),
+    _heard("audio_sigma_eot", "sounds_pope", 210, "noise and copies, sounds, adaptive attack", _ADAPTIVE,
            sigmas=(0.0, 0.0025, 0.005, 0.02, 0.08), num_samples=(1, 2, 3, 5, 10)),
+    _heard("audio_votes_eot", "sounds_pope", 100, "votes on yes / no questions about sounds, adaptive attack", _ADAPTIVE,
+           **_HEARD_VOTE),
     _heard("audio_eps_eot", "sounds_pope", 60, "budgets, sounds, adaptive attack", _ADAPTIVE, _ROOMS, sigmas=(0.0, 0.02)),
     _heard("audio_captions_eot", "sounds_caption", 60, "votes on sentences about sounds, adaptive attack", _ADAPTIVE,
            **_HEARD_VOTE),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lmms_smoothguard.evaluation.figures import Figure
@@ -33,7 +33,10 @@ def describe(record: SweepRecord) -> str:
 
 
 def sigma_table(standard: SweepRecord, adaptive: SweepRecord | None, *, both: bool = False) -> str:
-    """Against sigma: clean accuracy, ASR of the standard attack, and of the adaptive one where it was run; both: these alone."""
+    """Against sigma: clean accuracy, ASR of the standard attack, and of the adaptive one where it was run; both: these alone.
+
+    Without noise the adaptive attack has nothing to average: it is the standard one.
+    """
     attacked = next(task for task, stored in standard.tasks.items() if stored.attack is not None)
     adapted = {} if adaptive is None else _by_name(adaptive)
     eot = None if adaptive is None else next(iter(adaptive.tasks))
@@ -44,13 +47,15 @@ def sigma_table(standard: SweepRecord, adaptive: SweepRecord | None, *, both: bo
         if both and twin is None:
             continue
         asr = None if adaptive is None or twin is None or eot is None else adaptive.figure(twin, eot, "asr")
-        rows.append([
+        row = [
             f"{point.size:g}" if point.defense is not None else none,
             rate(standard.figure(point, CLEAN, "accuracy")),
             rate(standard.figure(point, attacked, "asr")),
-            rate(asr),
-        ])  # fmt: skip
-    return markdown([_axis(_space(standard)), "clean accuracy", f"ASR, {attacked}", f"ASR, {eot or 'adaptive'}"], rows)
+        ]
+        through = rate(asr) if twin is None or point.defense is not None else "the standard attack"
+        rows.append([*row, through] if eot else row)
+    heads = [_axis(_space(standard)), "clean accuracy", f"ASR, {attacked}", *([f"ASR, {eot}"] if eot else [])]
+    return markdown(heads, rows)
 
 
 def votes_table(
@@ -80,9 +85,10 @@ def votes_table(
         lines.setdefault(
             (*map(str, (point.defense["num_samples"], point.defense["include_clean"])), *cells), []
         ).append(point)
-    rows = [[_ways(points), *cells[2:]] for cells, points in lines.items()]
-    heads = ["vote", "clean accuracy", f"ASR, {attacked}", "minus vote", f"ASR, {eot or 'adaptive'}", "minus vote"]
-    return markdown(heads, rows)
+    heads = ["vote", "clean accuracy", f"ASR, {attacked}", "minus vote"]
+    if eot is not None:
+        heads += [f"ASR, {eot}", "minus vote"]
+    return markdown(heads, [[_ways(points), *cells[2:]][: len(heads)] for cells, points in lines.items()])
 
 
 def budgets_table(standard: SweepRecord, adaptive: SweepRecord | None) -> str:
@@ -173,6 +179,21 @@ def difference(figure: Figure | None) -> str:
     if figure.low is None or figure.high is None:
         return value
     return f"{value} ({100 * figure.low:+.1f} to {100 * figure.high:+.1f})"
+
+
+def intervals(records: Iterable[SweepRecord], place: str) -> str:
+    """How the files' rates have their intervals, for a legend; place: what several questions share, such as a scene."""
+    methods = {
+        figure.method
+        for record in records
+        for point in record.points
+        for figures in point.figures.values()
+        for name, figure in figures.items()
+        if name in ("accuracy", "asr")
+    }
+    if any("over groups" in method for method in methods):
+        return f"Wilson's of rates, at n / design effect where several questions are about one {place}"
+    return "Wilson's of rates"
 
 
 def markdown(heads: Sequence[str], rows: Rows) -> str:
