@@ -18,6 +18,7 @@ from hf_integration.streaming import told_aside
 from hf_integration.wrapping import ORIGINAL, is_ours
 from lmms_smoothguard import plugins
 from lmms_smoothguard.choice import Choice, choose
+from lmms_smoothguard.config import SmoothGuardConfig, check_vote
 from lmms_smoothguard.defenses.request import Defended, Request
 from lmms_smoothguard.errors import ConfigError, UndefendableError
 from lmms_smoothguard.inputs.carried import CLIPS
@@ -35,12 +36,16 @@ def force(smoothguard: Any) -> None:
     """Defends every `generate` of this process so, whatever a call, its generation config or the model's asks for; None lifts that.
 
     For servers: a client that brings a generation config of its own replaces the model's, and the defence in it. What cannot be
-    defended is refused, as ever, and so is what bypasses `generate`. Raises ConfigError for what is no defence.
+    defended is refused, as ever, and so is what bypasses `generate`. Raises ConfigError for what is no defence and for settings that
+    defend nothing (one copy, no noise); what was forced before then stays so.
     """
     global _forced
-    _forced = choose(smoothguard)
-    if _forced is None and smoothguard is not None:
+    chosen = choose(smoothguard)
+    if chosen is None and smoothguard is not None:
         raise ConfigError(f"smoothguard is {smoothguard!r}; expected a defence to force, or None to lift it")
+    if chosen is not None and isinstance(chosen.config, SmoothGuardConfig):
+        check_vote(chosen.config)
+    _forced = chosen
 
 
 def choice_of(model: Any, arguments: dict[str, Any]) -> Choice | None:

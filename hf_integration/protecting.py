@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hf_integration.shortness import PROCESSING, noting_short_sounds
 from lmms_smoothguard.errors import ConfigError, UndefendableError
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,15 @@ def _unpickled(plain: Any) -> Any:
 @functools.cache
 def _carrying(plain: type) -> type:
     """A processor's class, whose outputs have the sounds beside their features."""
-    return _posing_as(plain, **{name: _maker(getattr(plain, name)) for name in _MAKERS if hasattr(plain, name)})
+    made = {name: _maker(getattr(plain, name)) for name in _MAKERS if hasattr(plain, name)}
+    if hasattr(plain, PROCESSING):
+        made[PROCESSING] = noting_short_sounds(getattr(plain, PROCESSING), _note)
+    return _posing_as(plain, **made)
+
+
+def _note(problem: str) -> None:
+    if (recorder := getattr(_thread, "recorder", None)) is not None:
+        recorder.problem = recorder.problem or problem
 
 
 @functools.cache
@@ -141,7 +150,8 @@ class _Recorder:
         self._extractor: Any = None
         self._calls: list[Any] = []
         self._name = ""
-        self._problem = ""
+        self.problem = ""
+        """Why no noise can be put on what was heard, to be said once a defence is asked for."""
 
     def note(
         self,
@@ -161,7 +171,7 @@ class _Recorder:
         if not self._name or args:
             problem = f"{type(extractor).__name__} was called in a way that is not known"
         if problem:
-            self._problem = problem
+            self.problem = problem
             return
         features = _tensor(made[self._name])
         heard = _heard(extractor, clips, kwargs, lambda output: torch.equal(_tensor(output[self._name]), features))
@@ -177,7 +187,7 @@ class _Recorder:
         key = next((key for key in AUDIO_KEYS if made.get(key) is not None), None)
         if key is None:
             return
-        found = carried(self._extractor, self._calls, key, self._name, made[key], maker, self._problem)
+        found = carried(self._extractor, self._calls, key, self._name, made[key], maker, self.problem)
         made[CLIPS] = found
 
 
@@ -193,7 +203,10 @@ def _separate(sounds: Any) -> tuple[list[np.ndarray], str]:
     given = [np.asarray(one.detach().cpu() if hasattr(one, "detach") else one) for one in sounds or []]
     for number, one in enumerate(given, 1):
         if one.ndim != 1:
-            said = f"has the shape {one.shape}; expected (samples,), one channel. Mix channels down: sound.mean(0)"
+            short = one.shape.index(min(one.shape))  # channels: before the samples or, as soundfile has them, behind
+            said = (
+                f"has the shape {one.shape}; expected (samples,), one channel. Mix channels down: sound.mean({short})"
+            )
         elif one.dtype.kind in "iub" and len(one):
             said = f"is made of {one.dtype} samples; expected floating point of full scale 1. Divide 16-bit samples by 32768"
         else:

@@ -93,14 +93,25 @@ class SmoothGuardConfig:
         return cls(embedder="roberta-base")
 
 
-def check_vote(config: SmoothGuardConfig) -> None:
-    """Raises ConfigError for what measurements may ask for, to compare with, but defends nothing: one answer, or equal copies."""
+def defends_nothing(config: SmoothGuardConfig, *, pictures: bool = True, sounds: bool = True) -> dict[str, str]:
+    """What is wrong with each setting, by its name, that leaves a vote about such media without effect: one answer, or equal copies.
+
+    Measurements may ask for it, to compare with.
+    """
+    found = {}
     if config.num_samples < 2:
-        raise ConfigError(f"num_samples is {config.num_samples}; expected at least 2, for one answer is no vote")
-    if config.sigma == 0:
-        raise ConfigError(f"sigma is {config.sigma}; expected more, for equal copies defend nothing")
-    if config.audio_sigma == 0 and config.audio_snr is None:
-        raise ConfigError(f"audio_sigma is {config.audio_sigma}; expected more, for equal copies defend nothing")
+        found["num_samples"] = f"num_samples is {config.num_samples}; expected at least 2, for one answer is no vote"
+    if pictures and config.sigma == 0:
+        found["sigma"] = f"sigma is {config.sigma}; expected more, for equal copies defend nothing"
+    if sounds and config.audio_sigma == 0 and config.audio_snr is None:
+        found["audio_sigma"] = f"audio_sigma is {config.audio_sigma}; expected more, for equal copies defend nothing"
+    return found
+
+
+def check_vote(config: SmoothGuardConfig) -> None:
+    """Raises ConfigError for settings that defend nothing, which no deployment can mean."""
+    for said in defends_nothing(config).values():
+        raise ConfigError(said)
 
 
 def parse_scalar(text: Any) -> Any:

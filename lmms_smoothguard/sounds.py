@@ -14,6 +14,9 @@ from lmms_smoothguard.errors import ConfigError
 
 PCM = 32768
 """Steps of 16-bit PCM from 0 to full scale."""
+LOUDEST = 1.5
+"""Samples of full scale 1 do not exceed it, but for what resampling adds. Models hear hardly how loud a clip is, and noise of a set
+amplitude vanishes beside a clip that is blown up: at 14 times full scale the defence lost what it held at 1."""
 LONGEST = 600.0
 """Seconds of the longest clip that is read unless told otherwise."""
 _MOST_RATE = 192_000
@@ -24,10 +27,11 @@ takes next to nothing as FLAC, and gigabytes once it is decoded."""
 
 
 class Clip(NamedTuple):
-    """samples: (frames, channels), float32 in [-1, 1]; rate: in Hz."""
+    """samples: (frames, channels), float32 in [-1, 1]; rate: in Hz; notes: as a `Sound`'s."""
 
     samples: np.ndarray
     rate: int
+    notes: tuple[str, ...] = ()
 
     @property
     def wav(self) -> bytes:
@@ -38,14 +42,17 @@ class Clip(NamedTuple):
 
     def mono(self) -> Sound:
         """The mean of its channels."""
-        return Sound(self.samples.mean(1, dtype=np.float32), self.rate)
+        notes = (*self.notes, *_mixed(self.samples.shape[1]))
+        return Sound(self.samples.mean(1, dtype=np.float32), self.rate, notes)
 
 
 class Sound(NamedTuple):
-    """One channel, as models hear it. samples: (n,) float32, full scale 1; rate: in Hz."""
+    """One channel, as models hear it. samples: (n,) float32, full scale 1; rate: in Hz; notes: what it is no longer as it was
+    stored, in words for a user."""
 
     samples: np.ndarray
     rate: int
+    notes: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -72,7 +79,7 @@ class Sound(NamedTuple):
 
         common = math.gcd(rate, self.rate)
         made = resample_poly(self.samples, rate // common, self.rate // common)
-        return Sound(np.asarray(made, np.float32), rate)
+        return Sound(np.asarray(made, np.float32), rate, (*self.notes, f"resampled from {self.rate} to {rate} Hz"))
 
     @classmethod
     def from_pcm(cls, pcm: np.ndarray, rate: int) -> Sound:
@@ -93,7 +100,8 @@ def read_clip(data: bytes, longest: float = LONGEST) -> Clip:
     """Decodes WAV, FLAC, OGG or MP3 of at most `longest` seconds and 192 kHz, with no more samples than so many seconds of stereo at
     48 kHz have. What its header says is seen before it is decoded.
 
-    Raises ConfigError for anything else, a clip that is empty, cut off or too long, and samples that are not finite.
+    Raises ConfigError for anything else, a clip that is empty, cut off or too long, and samples that are not finite or beyond
+    `LOUDEST`; up to that they are clipped to full scale, which a note says.
     """
     library = soundfile()
     try:
@@ -115,14 +123,28 @@ def read_clip(data: bytes, longest: float = LONGEST) -> Clip:
     if not np.isfinite(samples).all():
         raise ConfigError("a sound has samples that are NaN or infinite; expected finite ones")
     _check_whole(data)
-    return Clip(np.clip(samples, -1, 1), rate)
+    if problem := beyond_full_scale(samples):
+        raise ConfigError(f"a sound {problem}")
+    notes = ("clipped to full scale",) if np.abs(samples).max() > 1 else ()
+    return Clip(np.clip(samples, -1, 1), rate, notes)
+
+
+def beyond_full_scale(samples: np.ndarray) -> str:
+    """What is wrong with finite samples, at least one, that exceed `LOUDEST`; empty where none does."""
+    largest = float(np.abs(samples).max())
+    if largest <= LOUDEST:
+        return ""
+    return (
+        f"reaches {largest:.5g}; expected samples of full scale 1, beside which noise has its size, and peaks of at most {LOUDEST:g}, as "
+        f"resampling and files of floats overshoot. Divide 16-bit samples by {PCM}, and a louder recording by its peak"
+    )
 
 
 def sound_of(value: Any, base: Path | None = None, longest: float = LONGEST) -> Sound:
     """The sound that a cell of a data set holds: bytes, a path (from `base`, where it is relative), both as `datasets` keeps them,
     `array` and `sampling_rate`, or torchcodec's decoder. Several channels are mixed down.
 
-    Raises ConfigError or OSError where there is none that can be read.
+    Raises ConfigError or OSError where there is none that can be read, ConfigError for samples beyond `LOUDEST`.
     """
     if isinstance(value, Sound):
         return value
@@ -148,7 +170,9 @@ def _checked(samples: np.ndarray, rate: int, longest: float) -> Sound:
         raise ConfigError("a sound has no sampling_rate; expected one in Hz beside its array")
     if samples.dtype == np.int16:
         samples = samples.astype(np.float32) / PCM
+    notes: tuple[str, ...] = ()
     if samples.ndim == 2:
+        notes = _mixed(min(samples.shape))
         samples = samples.mean(0 if samples.shape[0] <= samples.shape[1] else 1)
     if samples.ndim != 1 or not len(samples) or not np.issubdtype(samples.dtype, np.floating):
         raise ConfigError(
@@ -158,7 +182,13 @@ def _checked(samples: np.ndarray, rate: int, longest: float) -> Sound:
         raise ConfigError(f"a sound is longer than {longest:g} seconds; expected at most that")
     if not np.isfinite(samples).all():
         raise ConfigError("a sound has samples that are NaN or infinite; expected finite ones")
-    return Sound(np.asarray(samples, np.float32), rate)
+    if problem := beyond_full_scale(samples):
+        raise ConfigError(f"a sound {problem}")
+    return Sound(np.asarray(samples, np.float32), rate, notes)
+
+
+def _mixed(channels: int) -> tuple[str, ...]:
+    return () if channels == 1 else (f"{channels} channels mixed down to their mean",)
 
 
 def _says_its_length(file: Any) -> bool:

@@ -17,10 +17,10 @@ import hf_integration
 from hf_integration.protecting import extractor_of
 from lmms_smoothguard.choice import Choice
 from lmms_smoothguard.encoders import TowerProvenance, check_tower, load_vision_tower
-from lmms_smoothguard.errors import ConfigError, did_you_mean
+from lmms_smoothguard.errors import ConfigError, UndefendableError, did_you_mean
 from lmms_smoothguard.evaluation.questions import Question
 from lmms_smoothguard.hearing import audio_token, drops_the_end, heard_seconds
-from lmms_smoothguard.inputs.carried import CLIPS
+from lmms_smoothguard.inputs.carried import CLIPS, refuse_problem
 from lmms_smoothguard.inputs.fitting import is_encoder_decoder
 from lmms_smoothguard.inputs.media import AUDIO_KEYS
 from lmms_smoothguard.model_loading import device_of, load_model
@@ -163,7 +163,11 @@ class Subject:
 
     def _made(self, question: Question, sounds: tuple[Sound, ...]) -> Mapping[str, Any]:
         try:
-            return self._prompted(question, sounds)
+            made = self._prompted(question, sounds)
+            refuse_problem(made.get(CLIPS))
+            return made
+        except UndefendableError as error:
+            raise ConfigError(f"question {question.id!r} cannot be asked of {self.name}: {error}") from error
         except ValueError as error:
             kind = "pictures" if not sounds else "sounds" if not question.images else "pictures, sounds"
             raise ConfigError(

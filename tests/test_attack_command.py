@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from lmms_smoothguard import plugins
 from lmms_smoothguard.attacking import run as running
-from lmms_smoothguard.attacking.names import file_names, image_name
+from lmms_smoothguard.attacking.names import file_names, image_name, media_names
 from lmms_smoothguard.attacking.outcomes import EMPTY_ANSWER, Rules
 from lmms_smoothguard.attacking.store import Store
 from lmms_smoothguard.attacks.craft import Crafter
@@ -153,13 +153,33 @@ def test_folders_pictures_in_rows_and_ids_that_are_no_file_names(tmp_path, image
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.text(min_size=1, max_size=300), unique=True, max_size=6))
-def test_no_two_ids_share_a_file_name(ids):
-    found = file_names(ids)
+@pytest.mark.parametrize("named", [file_names, media_names])
+@given(
+    ids=st.lists(
+        st.text(min_size=1, max_size=300) | st.text("aA.", min_size=1).map(lambda stem: f"{stem}.wav")
+        | st.from_regex(r"[ab](\.(wav|WAV|flac|png|jpg)){0,3}", fullmatch=True),
+        unique=True,
+        max_size=6,
+    )
+)  # fmt: skip
+def test_no_two_ids_share_a_file_name(named, ids):
+    found = named(ids)
     names = [image_name(found[name], slot) for name in ids for slot in range(2)]
     assert len({name.casefold() for name in names}) == len(names)
     for name in names:
         assert name.isascii() and len(name) < 200 and not name.startswith(".") and not set(name) & set('/\\:*?"<>|\0')
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        (["mine.wav", "a/b.JPG", "c", "d.v2"], ["mine", "a%2Fb", "c", "d.v2"]),
+        (["mine.wav", "mine.flac"], ["mine", "mine.flac"]),
+        (["mine.ogg", "mine.flac"], ["mine.ogg", "mine.flac"]),
+    ],
+)
+def test_a_file_s_ending_is_not_there_twice(ids, expected):
+    assert list(media_names(ids).values()) == expected
 
 
 # -- what counts -------------------------------------------------------------------------------------------------------

@@ -111,6 +111,32 @@ def test_a_budget_below_one_grey_level_is_refused_because_rounding_would_undo_it
     assert [AttackSettings.parse({"norm": norm, "eps": eps}).eps for eps in (0, "1/255")] == [0, 1 / 255]
 
 
+def test_more_than_full_scale_is_said_in_the_terms_of_what_the_attack_changes():
+    with pytest.raises(
+        ConfigError, match=r"eps is 2, more than full scale; .*amplitude, full scale 1, such as 0\.0005.*2/255"
+    ):
+        AttackSettings.parse({"eps": "2"})
+    with pytest.raises(ConfigError, match=r"whole range of a pixel; grey levels are written as 2/255$"):
+        AttackSettings.parse({"name": "square", "eps": "2"})
+
+
+def test_a_budget_in_decibels_may_be_written_as_an_eps():
+    asked = AttackSettings.parse({"norm": "l2", "snr": 40})
+    for text in ("40dB", " 40 db", "40.0dB"):
+        assert AttackSettings.parse({"eps": text}) == asked
+    assert AttackSettings.parse({"eps": "4/255", "norm": "linf"}, {"eps": "40dB"}) == asked  # over a task's own
+    assert AttackSettings.parse({"eps": "40dB"}, {"eps": "0.5"}).to_dict()["eps"] == 0.5
+    for layer, hint in (
+        ({"eps": "40dB", "norm": "linf"}, "snr is 40, of L2 norms, and norm 'linf'"),
+        ({"eps": "40dB", "snr": 30}, "eps is '40dB' and snr 30; expected one of them"),
+        ({"eps": "loud dB"}, "eps is 'loud dB'"),
+        ({"eps": "loudB"}, "eps is 'loudB'"),
+        ({"name": "patch", "eps": "40dB"}, "snr is 40, a budget of sounds, and attack 'patch' changes pictures"),
+    ):
+        with pytest.raises(ConfigError, match=hint):
+            AttackSettings.parse(layer)
+
+
 def test_model_args_may_set_an_option_of_the_attack_that_a_task_names():
     from lmms_smoothguard.harness.options import take_options
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
 
+from lmms_smoothguard.defenses import smoothguard
 from lmms_smoothguard.errors import UndefendableError
 from lmms_smoothguard.tiny.model import prompt
 
@@ -177,6 +179,38 @@ def test_one_copy(llava, batch):
     verdict = model.generate(**inputs, max_new_tokens=4, smoothguard=alone, return_dict_in_generate=True).smoothguard[0]
     assert verdict.suspicion is None
     assert verdict.num_samples_used == 1
+
+
+IDLE = [
+    (PIXEL | {"num_samples": 1}, r"num_samples is 1; expected at least 2, .* defends nothing .* set num_samples=10"),
+    (PIXEL | {"num_samples": 1, "level": "token"}, "num_samples is 1; .* defends nothing"),
+    (PIXEL | {"num_samples": 2, "sigma": 0}, r"sigma is 0; expected more, .* defends nothing .* set sigma=0\.1"),
+]
+
+
+@pytest.mark.parametrize(("config", "words"), IDLE)
+def test_settings_that_defend_nothing_are_said_in_every_verdict_and_once_in_the_log(
+    llava, batch, caplog, config, words
+):
+    """Measurements may ask for them, of thousands of questions."""
+    smoothguard._warn_once.cache_clear()
+    asked = {**batch(0, 1), "max_new_tokens": 4, "smoothguard": config, "return_dict_in_generate": True}
+    for _ in range(2):
+        for verdict in llava[0].generate(**asked).smoothguard:
+            (warning,) = verdict.warnings
+            assert re.search(words, warning)
+    assert [record.getMessage() for record in caplog.records] == [warning]
+
+
+def test_settings_that_matter_to_no_picture_are_not_said_of_pictures_or_text(llava, batch, caplog):
+    smoothguard._warn_once.cache_clear()
+    model, processor = llava
+    silent = {"num_samples": 2, "sigma": 1e-6, "audio_sigma": 0}
+    out = model.generate(**batch(0), max_new_tokens=4, smoothguard=silent, return_dict_in_generate=True)
+    assert out.smoothguard[0].warnings == ()
+    text = processor.tokenizer("<s>USER: hello ASSISTANT:", return_tensors="pt")
+    model.generate(**text, max_new_tokens=2, smoothguard={"num_samples": 1})
+    assert not caplog.records
 
 
 def test_empty_answers(llava, batch):

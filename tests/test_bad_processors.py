@@ -123,10 +123,11 @@ def test_packed_patches_of_another_size(images):
 def test_a_tokenizer_with_more_tokens_than_the_model(request_of):
     """A warning: a model's own tokenizer may have had tokens added."""
     model, processor, inputs = request_of
-    assert ask(model, inputs, num_samples=1).warnings == ()
+    alike = {"num_samples": 2, "sigma": 1e-6}
+    assert ask(model, inputs, **alike).warnings == ()
     larger = tokenizer(*(f"<extra_{n}>" for n in range(50)))
     hf_integration.attach(model, larger)
-    (warning,) = ask(model, inputs, noise_space="normalized", num_samples=1).warnings
+    (warning,) = ask(model, inputs, noise_space="normalized", **alike).warnings
     assert f"the tokenizer has {len(larger)} tokens and the model {len(processor.tokenizer)}" in warning
     (warning,) = ask(model, inputs, noise_space="normalized", level="token").warnings
     assert "the tokenizer has" in warning

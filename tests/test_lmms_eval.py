@@ -14,6 +14,7 @@ from managers import task_manager
 pytest.importorskip("lmms_eval")
 
 from lmms_smoothguard.attacks.pgd import PGD
+from lmms_smoothguard.defenses import smoothguard
 from lmms_smoothguard.errors import AttackError, ConfigError, UndefendableError
 from lmms_smoothguard.harness.lmms_eval.bases import ALIASES, BASES, base_of
 from lmms_smoothguard.harness.lmms_eval.discovery import tasks_path
@@ -129,6 +130,13 @@ def test_clean_tasks_plain_and_defended():
     assert "candidates" not in infos(plain, "shapes_pope")[0]
     defended = evaluate(["shapes_pope"], limit=3, sigma=0.2, noise_space="pixel", num_samples=4)
     assert all(len(info["candidates"]) == 4 for info in infos(defended, "shapes_pope"))
+
+
+def test_a_run_that_compares_with_one_answer_says_so_once(caplog):
+    smoothguard._warn_once.cache_clear()
+    found = infos(evaluate(["shapes_pope"], limit=3, num_samples=1), "shapes_pope")
+    assert [len(info["warnings"]) for info in found] == [1, 1, 1]
+    assert sum("num_samples is 1; expected at least 2" in message for message in caplog.messages) == 1
 
 
 def test_an_attack_is_crafted_once_for_all_defences(monkeypatch):

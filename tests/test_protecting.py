@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+import re
 
 import numpy as np
 import pytest
 import torch
 from tiny_models import COVERED
-from tiny_models.sounds import audioflamingo3, qwen2_audio
+from tiny_models.sounds import audioflamingo3, glmasr, hears, moss_transcribe_diarize, qwen2_audio, qwen3_asr
 from tiny_models.subject import SETTINGS
 from transformers import Qwen2AudioProcessor, WhisperFeatureExtractor
 
 import hf_integration
-from hf_integration.protecting import hears, is_protected, protect
+from hf_integration.protecting import hears as takes_sounds
+from hf_integration.protecting import is_protected, protect
 from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.errors import ConfigError, UndefendableError
 from lmms_smoothguard.inputs.carried import CLIPS
@@ -100,7 +102,7 @@ def test_text_alone_carries_nothing(guarded):
 
 def test_only_processors_of_sounds_are_protected():
     _, processor = COVERED["llava"].build()
-    assert not hears(processor)
+    assert not takes_sounds(processor)
     with pytest.raises(ConfigError, match="no feature extractor for sounds"):
         protect(processor)
 
@@ -274,16 +276,95 @@ def test_clips_without_features_are_refused(guarded):
 @pytest.mark.parametrize(
     ("spoilt", "words"),
     [
-        (np.full(RATE, np.nan, np.float32), "NaN or Inf"),
-        (np.zeros(0, np.float32), "empty"),
+        (np.full(RATE, np.nan, np.float32), "sound 1 holds NaN or Inf, the first at sample 1 of 16000"),
         ((clip(1) * 32768).astype(np.int16), "int16 samples"),
         (np.sign(clip(1)).astype(np.int8), "int8 samples"),
-        (clip(1) / np.abs(clip(1)).max() * 2, "reaches 2; expected samples of full scale 1"),
+        (clip(1) / np.abs(clip(1)).max() * 2, r"reaches 2; expected samples of full scale 1, .* peaks of at most 1\.5"),
     ],
-    ids=["nan", "empty", "16-bit", "whole-numbers", "loud"],
+    ids=["nan", "16-bit", "whole-numbers", "loud"],
 )
 def test_clips_that_no_noise_can_be_added_to_are_refused(guarded, spoilt, words):
     refused(guarded, ask(guarded[1], [spoilt]), words)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_the_sample_that_is_not_finite_is_named(guarded, value):
+    """By its sound's number and its own, from 1."""
+    spoilt = clip(2, 0.5)
+    spoilt[[1233, 4000]] = value
+    inputs = ask(guarded[1], [clip(1), spoilt])
+    refused(guarded, inputs, "sound 2 holds NaN or Inf, the first at sample 1234 of 8000; .* Check the recording")
+
+
+def test_features_that_are_not_finite_though_their_clips_are_are_refused_as_such(guarded):
+    inputs = ask(guarded[1], [clip(1)])
+    inputs["input_features"][0, 0, 0] = np.nan
+    refused(guarded, inputs, "input_features holds NaN or Inf")
+
+
+def test_peaks_up_to_one_and_a_half_are_let_through(guarded):
+    loud = clip(1) / np.abs(clip(1)).max()
+    assert verdicts(guarded[0], ask(guarded[1], [1.49 * loud]))
+    refused(guarded, ask(guarded[1], [1.51 * loud]), r"reaches 1\.51; .* at most 1\.5")
+
+
+def test_noise_of_no_amplitude_is_said_of_sounds_and_only_of_them(guarded):
+    model, processor = guarded
+    inputs = ask(processor, [clip(1)])
+
+    def warnings(**config):
+        asked = {"smoothguard": DEFENSE | config, "return_dict_in_generate": True}
+        return " ".join(model.generate(**inputs, **SETTINGS, **asked).smoothguard[0].warnings)
+
+    assert "audio_sigma is 0; expected more" in (said := warnings(audio_sigma=0)) and "set audio_sigma=0.02" in said
+    assert "defends nothing" not in warnings(audio_sigma=0, audio_snr=10.0)
+    assert "defends nothing" not in warnings(sigma=0)
+
+
+# -- too short to be heard ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [0, 1, 200, 400, 960])
+def test_a_sound_too_short_for_the_model_is_refused_with_the_length_that_is_not(guarded, count):
+    """The shortest that is taken is the shortest that the model answers: one sample less, and it fails."""
+    model, processor = guarded
+    inputs = ask(processor, [np.zeros(count, np.float32)])
+    with pytest.raises(UndefendableError, match=rf"sound 1 has {count} samples \(") as refused:
+        verdicts(model, inputs)
+    found = re.search(r"expected at least (\d+) \(([\d.]+) seconds\)", str(refused.value))
+    least = int(found[1])
+    assert float(found[2]) == pytest.approx(least / RATE)
+    assert verdicts(model, ask(processor, [clip(1)[:least]]))
+    with pytest.raises(TypeError):
+        model.generate(**ask(built()[1], [clip(1)[: least - 1]]), **SETTINGS)
+
+
+def test_the_short_sound_among_others_is_named(guarded):
+    model, processor = guarded
+    with pytest.raises(UndefendableError, match=r"sound 2 has 200 samples \(0\.0125 seconds\), .* no audio token"):
+        verdicts(model, ask(processor, [clip(1), clip(2)[:200]]))
+    assert verdicts(model, ask(processor, [clip(1), clip(2)[:400]]))  # one token suffices beside a sound of more
+
+
+def test_the_shortest_sound_hangs_on_the_model():
+    """MOSS's processor fails; GLM-ASR answers as if there were no sound, and undefended it still may."""
+    given = {"sampling_rate": RATE, "return_tensors": "pt"}
+    processor = protect(moss_transcribe_diarize()[1])
+    with pytest.raises(UndefendableError, match=r"sound 1 has 1 samples.* at least 2 \("):
+        processor(text=["<|audio_pad|> What is it?"], audio=[clip(1)[:1]], **given)
+    assert CLIPS in processor(text=["<|audio_pad|> What is it?"], audio=[clip(1)[:2]], **given)
+    model, processor = glmasr()
+    short = protect(processor)(text=["<|pad|> What is it?"], audio=[clip(1)[:960]], **given)
+    with pytest.raises(UndefendableError, match=r"sound 1 has 960 samples.* at least 961 \("):
+        model.generate(**short, **SETTINGS, smoothguard=DEFENSE)
+    assert len(model.generate(**short, **SETTINGS))
+
+
+def test_an_empty_sound_that_a_processor_fills_up_is_refused_by_the_defence():
+    model, processor = qwen3_asr()
+    inputs = hears("<|audio_pad|>")(protect(processor), [([np.zeros(0, np.float32)], "What is it?")])
+    with pytest.raises(UndefendableError, match="sound 1 is empty"):
+        model.generate(**inputs, **SETTINGS, smoothguard=DEFENSE)
 
 
 def test_silence_has_no_noise_below_its_power(guarded):
@@ -292,11 +373,20 @@ def test_silence_has_no_noise_below_its_power(guarded):
     guarded[0].generate(**inputs, **SETTINGS, smoothguard=DEFENSE)  # noise of a set amplitude is noise
 
 
-def test_another_sampling_rate_and_several_channels_are_refused(guarded):
+def test_another_sampling_rate_is_refused(guarded):
     with pytest.raises(ValueError, match="sampling rate"):
         ask(guarded[1], [clip(1)], sampling_rate=44100)
-    with pytest.raises(UndefendableError, match="one channel"):
-        ask(guarded[1], [np.stack([clip(1), clip(2)])])
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("several", [False, True])
+def test_channels_are_refused_with_the_mend_for_their_axis(guarded, axis, several):
+    """soundfile has them behind the samples, torchaudio before."""
+    stereo = np.stack([clip(1), clip(2)], axis=axis)
+    with pytest.raises(UndefendableError, match=rf"sound {several + 1} has the shape .* one channel") as refused:
+        ask(guarded[1], [clip(3), stereo] if several else [stereo])
+    mixed = stereo.mean(int(re.search(r"sound\.mean\((\d)\)", str(refused.value))[1]))
+    assert mixed.shape == (RATE,) and CLIPS in ask(guarded[1], [mixed])
 
 
 def test_a_clip_written_over_after_the_call_is_the_one_that_was_processed(guarded):

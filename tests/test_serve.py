@@ -11,7 +11,9 @@ from test_proxy import chat, content, encoded
 from typer.testing import CliRunner
 
 import hf_integration.calls
+from hf_integration.serve import _defended
 from lmms_smoothguard.blackbox.config import check_outside
+from lmms_smoothguard.choice import choose
 from lmms_smoothguard.cli import app
 from lmms_smoothguard.config import SmoothGuardConfig
 from lmms_smoothguard.errors import ConfigError, UndefendableError
@@ -165,6 +167,43 @@ def test_what_defends_nothing_is_refused_for_the_same_reason_on_either_side_of_a
     with pytest.raises(ConfigError) as inside:
         choice_of("smoothguard", [f"{name}={value}" for name, value in field.items()])
     assert str(outside.value) == str(inside.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_samples": 1},
+        {"sigma": 0},
+        {"audio_sigma": 0},
+        {"level": "token", "num_samples": 1},
+        {"defense": "smoothguard+feature_smoothing", "sigma": 0.0},
+        SmoothGuardConfig(num_samples=1),
+    ],
+)
+def test_what_defends_nothing_is_not_forced_and_what_was_forced_stays(settings):
+    hf_integration.force(DROWNING)
+    try:
+        forced = hf_integration.calls._forced
+        with pytest.raises(ConfigError, match=r"one answer is no vote|equal copies defend nothing"):
+            hf_integration.force(settings)
+        with pytest.raises(ConfigError, match="None to lift it"):
+            hf_integration.force(False)
+        assert hf_integration.calls._forced is forced
+    finally:
+        hf_integration.force(None)
+    hf_integration.force({"audio_sigma": 0, "audio_snr": 20.0})  # noise all the same
+    hf_integration.force(None)
+
+
+def test_a_server_of_a_defence_that_defends_nothing_changes_nothing_before_it_is_refused():
+    from transformers.cli.serving import server
+    from transformers.cli.serving.model_manager import ModelManager
+
+    before = server.build_server, ModelManager.load_model_and_processor
+    with pytest.raises(ConfigError, match="one answer is no vote"), _defended(choose({"num_samples": 1})):
+        pytest.fail("it would be served")
+    assert (server.build_server, ModelManager.load_model_and_processor) == before
+    assert hf_integration.calls._forced is None
 
 
 def test_a_forced_defence_stands_over_every_call(llava, batch, monkeypatch):

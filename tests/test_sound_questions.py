@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from lmms_smoothguard.attacks.sound_clips import TOO_FAINT
 from lmms_smoothguard.cli import app
-from lmms_smoothguard.errors import ConfigError
+from lmms_smoothguard.errors import AttackError, ConfigError, SmoothGuardError
 from lmms_smoothguard.evaluation.questions import Question, load_questions
 from lmms_smoothguard.harness.questions import find_questions
 from lmms_smoothguard.hearing import drops_the_end
@@ -573,6 +573,56 @@ def test_a_budget_in_decibels_is_each_clip_s_own(tmp_path, attack, untrained):
         assert row["attack_snr"] == 30.0 and "attack_eps" not in row
         assert 29.9 < row["snr_db"][0] < 45
     assert loud["l2"] > 10 * soft["l2"]
+
+
+def test_what_a_sound_is_no_longer_as_it_was_stored_is_said(tmp_path, attack, clips):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    two = np.stack([clips[0].samples, clips[1].samples], 1)
+    (folder / "plain.wav").write_bytes(clips[0].wav)
+    (folder / "mine.flac").write_bytes(encoded(two, 44100, "FLAC", subtype="PCM_16"))
+    (folder / "mine.wav").write_bytes(encoded(tone(level=1.3).samples * 1.3, RATE, subtype="FLOAT"))
+    found = attack(folder, tmp_path / "out", "--question", ASK, "--eps", "30dB", steps=1)
+    assert {row["id"]: row["sound_notes"] for row in found} == {
+        "mine.flac": ["2 channels mixed down to their mean, resampled from 44100 to 16000 Hz"],
+        "mine.wav": ["clipped to full scale"],
+        "plain.wav": [""],
+    }
+    assert [row["sound_files"] for row in found] == [
+        ["sounds/mine.flac.wav"],
+        ["sounds/mine.wav"],
+        ["sounds/plain.wav"],
+    ]
+    card = (tmp_path / "out/README.md").read_text()
+    assert "- sounds resampled from 44100 to 16000 Hz: in 1 of 3 samples (`sound_notes` says which)" in card
+    assert card.count("`sound_notes` says which") == 3
+
+
+@pytest.mark.parametrize("kind", ["file", "array"])
+def test_a_sound_blown_up_is_refused_by_name(tmp_path, clips, kind):
+    loud = 14 * tone(level=1.0).samples
+    (tmp_path / "loud.wav").write_bytes(encoded(loud, RATE, subtype="FLOAT"))
+    cell = "loud.wav" if kind == "file" else {"array": loud.tolist(), "sampling_rate": RATE}
+    rows = {"id": ["quiet", "big"], "question": [ASK] * 2}
+    quiet = "0.wav" if kind == "file" else {"array": clips[0].samples.tolist(), "sampling_rate": RATE}
+    datasets.Dataset.from_dict({"audio": [quiet, cell], **rows}).to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(
+        ConfigError, match=r"1 pictures or sounds .*: big \(a sound reaches 14; expected samples of full scale 1"
+    ):
+        load_questions(str(tmp_path / "t.parquet"))
+
+
+def test_a_sound_that_the_model_cannot_be_asked_about_costs_no_others(tmp_path, attack, clips):
+    """200 samples give no token of the prompt."""
+    (tmp_path / "short.wav").write_bytes(Sound(clips[0].samples[:200], RATE).wav)
+    rows = [{"id": name, "audio": f"{name}.wav", "question": ASK} for name in ("0", "short", "2")]
+    data = jsonl(tmp_path / "t.jsonl", *rows)
+    with pytest.raises(AttackError, match=r"1 samples could not be answered: question 'short' .*another --out"):
+        attack(data, tmp_path / "out", "--eps", "0.01")
+    assert sorted(file.name for file in (tmp_path / "out/samples").iterdir()) == ["0.json", "2.json"]
+    assert sorted(file.name for file in (tmp_path / "out/sounds").iterdir()) == ["0.wav", "2.wav"]
+    with pytest.raises(SmoothGuardError, match="question 'short'"):
+        attack(jsonl(tmp_path / "t.jsonl", rows[1]), tmp_path / "alone", "--eps", "0.01")
 
 
 def test_several_sounds_of_one_question_are_attacked_together(tmp_path, attack, clips):

@@ -18,11 +18,10 @@ from PIL import Image
 
 from lmms_smoothguard.attacks.cache import AttackCache
 from lmms_smoothguard.attacks.sound_clips import TOO_FAINT
-from lmms_smoothguard.choice import choose
 from lmms_smoothguard.errors import AttackError, ConfigError
 from lmms_smoothguard.harness.lmms_eval import ears, instances, planning
 from lmms_smoothguard.harness.lmms_eval.discovery import tasks_path
-from lmms_smoothguard.harness.options import Options
+from lmms_smoothguard.harness.options import Options, take_options
 from lmms_smoothguard.harness.recording import PlainPass, recorded
 from lmms_smoothguard.inputs.carried import CLIPS
 from lmms_smoothguard.sounds import PCM, Sound, sound_of
@@ -413,7 +412,9 @@ def test_only_a_request_whose_sounds_are_all_silent_is_too_faint():
         ({"noise_space": "pixel"}, ["sound"], "noise_space=pixel given"),
         ({"sigma": 0.2}, ["picture"], None),
         ({"sigma": 0.2}, ["sound", "picture"], None),
+        ({"sigma": 0.1}, ["sound"], "sigma=0.1 given"),  # the default, said all the same
         ({"sigma": 0.2, "audio_sigma": 0.05}, ["sound"], None),
+        ({"sigma": 0.2, "audio_sigma": 0.02}, ["sound"], None),
         ({"sigma": 0.2, "audio_snr": 20}, ["sound"], None),
         ({}, ["sound"], None),
     ],
@@ -422,7 +423,7 @@ def test_noise_of_pictures_on_a_task_of_sounds_is_said_once(defense, media, said
     (sound,) = miniatures.recordings(1)
     docs = [{"media": [cell(sound) if kind == "sound" else PICTURE for kind in media]}] * 2
     wrapper, requests = requested(docs)
-    planning.warn_of_noise(wrapper, requests, Options(choose({"defense": "smoothguard", **defense}), {}, None, 1))
+    planning.warn_of_noise(wrapper, requests, take_options(dict(defense)))
     warned = [record.getMessage() for record in caplog.records if record.name == planning.__name__]
     assert len(warned) == (said is not None)
     assert said is None or (said in warned[0] and "audio_sigma=0.02" in warned[0])

@@ -31,12 +31,16 @@ def attack(
     name: Annotated[str, typer.Option("--attack", rich_help_panel=_ATTACK, help="A registered attack.")] = "pgd",
     eps: Annotated[
         str | None,
-        typer.Option(rich_help_panel=_ATTACK, help="Radius, of pictures 4/255 by default; of sounds such as 0.0005."),
+        typer.Option(
+            rich_help_panel=_ATTACK,
+            help="Radius, of pictures 4/255 by default; of sounds such as 0.0005, or 45dB below each.",
+        ),
     ] = None,
     snr: Annotated[
         float | None,
         typer.Option(
-            rich_help_panel=_ATTACK, help="Of sounds with --norm l2, instead of a radius: dB of a clip over its change."
+            rich_help_panel=_ATTACK,
+            help="Of sounds with --norm l2, instead of a radius: dB of a clip over its change, as --eps 45dB.",
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(rich_help_panel=_ATTACK)] = None,

@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import PurePosixPath
 from urllib.parse import quote
 
+from lmms_smoothguard.evaluation.tables import PICTURES, SOUNDS
+
 _LONGEST = 120
+_OURS = (".png", ".wav")
 
 
 def file_names(ids: Sequence[str]) -> dict[str, str]:
@@ -15,7 +19,24 @@ def file_names(ids: Sequence[str]) -> dict[str, str]:
 
     What is too long, or differs from another in case alone, ends with `+` and a digest.
     """
-    plain = {name: _escaped(name) for name in ids}
+    return _unique({name: _escaped(name) for name in ids})
+
+
+def media_names(ids: Sequence[str]) -> dict[str, str]:
+    """The same for pictures and sounds, whose endings follow: an id that is a file's name is there without that file's. Of ids
+    that differ in nothing else those keep it whose ending is another."""
+    bare = {name: _without(name, (*PICTURES, *SOUNDS)) for name in ids}
+    counts = Counter(stem.casefold() for stem in bare.values())
+    chosen = {name: stem if counts[stem.casefold()] == 1 else _without(name, _OURS) for name, stem in bare.items()}
+    return _unique({name: _escaped(stem) for name, stem in chosen.items()})
+
+
+def _without(name: str, endings: Sequence[str]) -> str:
+    ending = PurePosixPath(name).suffix
+    return name.removesuffix(ending) if ending.lower() in endings else name
+
+
+def _unique(plain: dict[str, str]) -> dict[str, str]:
     counts = Counter(escaped.casefold() for escaped in plain.values())
     return {
         name: escaped if counts[escaped.casefold()] == 1 and len(escaped) <= _LONGEST else _digested(name, escaped)

@@ -11,12 +11,13 @@ from lmms_smoothguard.attacking.outcomes import Rules
 from lmms_smoothguard.attacking.store import Store
 from lmms_smoothguard.attacks.cache import default_cache_dir
 from lmms_smoothguard.config import SmoothGuardConfig
-from lmms_smoothguard.errors import ConfigError
+from lmms_smoothguard.errors import AttackError, ConfigError, SmoothGuardError
 from lmms_smoothguard.evaluation.questions import Questions
 from lmms_smoothguard.evaluation.tables import refuse_inside
 from lmms_smoothguard.processes import Processes
 
 MAX_NEW_TOKENS = 32
+_SHOWN = 10
 _OF_PICTURES = ("sigma", "noise_space")
 """What SmoothGuard's noise on pictures hangs on, and that on sounds does not."""
 
@@ -62,12 +63,23 @@ def run_attack(asked: AttackRun) -> dict[str, Any] | None:
         store.open(settings, questions.ids, versions())
         if processes.main:
             store.sweep_up()
-    Share(asked, subject, questions, rules, store, quiet=not processes.main).work(processes.share(len(questions)))
+    share = Share(asked, subject, questions, rules, store, quiet=not processes.main)
+    failed = share.work(processes.share(len(questions)))
     processes.wait()
+    if failed:
+        raise _unanswered(failed, store) from failed[0]
     summary = write_results(store, settings, questions) if processes.main else None
     processes.wait()
     processes.end()
     return summary
+
+
+def _unanswered(failed: list[SmoothGuardError], store: Store) -> AttackError:
+    more = f"; and {len(failed) - _SHOWN} more" if len(failed) > _SHOWN else ""
+    return AttackError(
+        f"{len(failed)} samples could not be answered: {'; '.join(map(str, failed[:_SHOWN]))}{more}. The others are done and kept in "
+        f"{store.root}. Mend or remove these files and start again with another --out: what is crafted is in the cache"
+    )
 
 
 def _check_targets(questions: Questions) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -22,7 +23,7 @@ from lmms_smoothguard.attacks.goals import goal
 from lmms_smoothguard.attacks.media import PICTURES, SOUNDS
 from lmms_smoothguard.attacks.sound_clips import TOO_FAINT, too_faint
 from lmms_smoothguard.choice import check
-from lmms_smoothguard.errors import AttackError, ConfigError
+from lmms_smoothguard.errors import AttackError, ConfigError, SmoothGuardError, explain
 from lmms_smoothguard.evaluation.questions import Question, Questions
 from lmms_smoothguard.inputs.carried import CLIPS
 from lmms_smoothguard.sounds import sound_of
@@ -37,13 +38,15 @@ _BATCHES_AHEAD = 8
 class Prepared(NamedTuple):
     """A sample before crafting; question: without its pictures and sounds, which are read again; job: likewise, with its inputs in
     main memory, for many wait their turn; None where the sample cannot be attacked, and `reason` says why; sizes: of its pictures, and
-    how long its sounds are at the model's rate; standing: what its clean answer makes of it."""
+    how long its sounds are at the model's rate; standing: what its clean answer makes of it; notes: a text for each of its sounds, what
+    it is no longer as it was stored."""
 
     number: int
     question: Question
     standing: Standing
     job: Job | None
     sizes: tuple[tuple[int, ...], ...]
+    notes: tuple[str, ...]
     reason: str | None = None
 
 
@@ -62,9 +65,11 @@ class Share:
         )
         rows = max(1, asked.attack.eot) * asked.attack.restarts
         self._size = max(1, asked.batch_size // rows)
+        self._failed: list[SmoothGuardError] = []
 
-    def work(self, numbers: Sequence[int]) -> None:
-        """Does those samples that are not done."""
+    def work(self, numbers: Sequence[int]) -> list[SmoothGuardError]:
+        """Does those samples that are not done, and returns what is wrong with those that could not be answered: one bad file
+        costs no others. Where it is all of the first ones, the error of the first is raised."""
         from tqdm import tqdm
 
         records = [self._store.get(self._questions.ids[n], self._questions.digests[n]) for n in numbers]
@@ -76,19 +81,33 @@ class Share:
                 done.append(record)
                 bar.set_postfix_str(f"ASR {success_so_far(done)}", refresh=False)
                 bar.update()
+        return self._failed
 
     def _records(self, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
         ahead = self._size * _BATCHES_AHEAD
         for start in range(0, len(numbers), ahead):
-            prepared = [self._prepare(number) for number in numbers[start : start + ahead]]
+            prepared = list(self._prepared(numbers[start : start + ahead]))
+            if self._failed and not start and not prepared:
+                raise self._failed[0]
             yield from (self._left_out(one) for one in prepared if one.job is None)
             attackable = sorted((one for one in prepared if one.job is not None), key=_likeness)
             for _, alike in itertools.groupby(attackable, key=_likeness):
                 yield from self._crafted(list(alike))
 
-    def _prepare(self, number: int) -> Prepared:
-        question = self._questions[number]
-        self._check_medium(question)
+    def _prepared(self, numbers: Sequence[int]) -> Iterator[Prepared]:
+        for number in numbers:
+            with _naming(self._questions.ids[number]):
+                question = self._questions[number]
+            self._check_medium(question)
+            try:
+                with _naming(question.id):
+                    made = self._prepare(number, question)
+            except SmoothGuardError as error:
+                self._failed.append(error)
+            else:
+                yield made
+
+    def _prepare(self, number: int, question: Question) -> Prepared:
         target = question.target if self._asked.targeted else self._asked.attack.target
         inputs = self._subject.inputs(question)
         text, ids, _ = self._subject.answer(inputs, self._length)
@@ -103,11 +122,12 @@ class Share:
         }
         sounds = self._subject.sounds(question)
         sizes = (*(image.size for image in question.images), *((len(sound.samples),) for sound in sounds))
+        notes = tuple(", ".join(sound.notes) for sound in sounds)
         bare = dataclasses.replace(question, images=(), sounds=())
         if answer is None or too_faint(sounds, settings.snr):
             reason = EMPTY_ANSWER if answer is None else TOO_FAINT
-            return Prepared(number, bare, standing._replace(counted=False), None, sizes, reason)
-        return Prepared(number, bare, standing, Job(settings, (), waiting, answer), sizes)
+            return Prepared(number, bare, standing._replace(counted=False), None, sizes, notes, reason)
+        return Prepared(number, bare, standing, Job(settings, (), waiting, answer), sizes, notes)
 
     def _check_medium(self, question: Question) -> None:
         """Nothing is answered first that could not be attacked then."""
@@ -206,6 +226,7 @@ class Share:
             "accepted": list(question.accepted),
             "target": before.target,
             "group": question.group,
+            "sound_notes": list(one.notes),
             "clean_answer": before.clean,
             "adversarial_answer": answer,
             "rule": before.rule,
@@ -215,13 +236,28 @@ class Share:
             **made,
         }
         if self._asked.defense is not None:
-            reply = self._subject.answer(inputs, self._length, self._asked.defense)
+            with _naming(question.id):
+                reply = self._subject.answer(inputs, self._length, self._asked.defense)
             record["defended_answer"] = reply.text
             outcome = self._rules.outcome(before, reply.text)._asdict()
             record |= {f"defended_{name}": value for name, value in outcome.items()}
             for field in ("agreement", "suspicion", "suspected", "num_samples_used"):
                 record[f"defended_{field}"] = getattr(reply.verdict, field, None)
         return record
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Whatever stands in a question's way is said with its id; what `Subject` refuses has it already."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise AttackError(
+            f"question {name!r} cannot be answered ({explain(error)}); expected a whole picture or sound that the model takes. Mend it, "
+            "or take it out"
+        ) from error
 
 
 def _likeness(one: Prepared) -> str:

@@ -2,7 +2,7 @@
 
 DIR/settings.json           what the run is; a run with other settings is refused
 DIR/samples/<id>.json       everything known of a sample; written after its images and sounds, with their digests
-DIR/images/<id>.png         adversarial images (`<id>+1.png`, ... where a question has several)
+DIR/images/<id>.png         adversarial images (`<id>+1.png`, ... where a question has several), without the ending of an id like `x.jpg`
 DIR/sounds/<id>.wav         adversarial sounds, 16-bit PCM at the model's rate (likewise)
 DIR/attacks.parquet, summary.json, README.md     made from the records at the end
 """
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lmms_smoothguard.attacking.names import file_names, image_name, sound_name
+from lmms_smoothguard.attacking.names import file_names, image_name, media_names, sound_name
 from lmms_smoothguard.errors import AttackError, ConfigError
 from lmms_smoothguard.sounds import Sound
 
@@ -40,6 +40,7 @@ class Store:
     def __init__(self, root: Path, made_by: str = MADE_BY) -> None:
         self.root, self._made_by = root, made_by
         self._names: dict[str, str] = {}
+        self._media: dict[str, str] = {}
         if root.exists() and not root.is_dir():
             raise ConfigError(f"out is {root}, a file; expected a directory, or a name for a new one")
         try:
@@ -57,7 +58,7 @@ class Store:
 
     def open(self, settings: Mapping[str, Any], ids: Sequence[str], versions: Mapping[str, Any]) -> None:
         """Makes this the run's directory, or makes sure that it is. Raises ConfigError that names what differs."""
-        self._names = file_names(ids)
+        self._names, self._media = file_names(ids), media_names(ids)
         known = self._settings()
         if known is None:
             whole = {"made_by": self._made_by, "format": FORMAT, "settings": settings, "versions": versions}
@@ -92,13 +93,13 @@ class Store:
         for slot, image in enumerate(images):
             buffer = io.BytesIO()
             Image.fromarray(image).save(buffer, "PNG")
-            written.append(self._put(f"images/{image_name(self._names[name], slot)}", buffer.getvalue()))
+            written.append(self._put(f"images/{image_name(self._media[name], slot)}", buffer.getvalue()))
         return written
 
     def put_sounds(self, name: str, sounds: Sequence[Sound]) -> list[dict[str, str]]:
         """Writes a sample's sounds as 16-bit PCM, and says where they are, with their digests."""
         return [
-            self._put(f"sounds/{sound_name(self._names[name], slot)}", sound.wav) for slot, sound in enumerate(sounds)
+            self._put(f"sounds/{sound_name(self._media[name], slot)}", sound.wav) for slot, sound in enumerate(sounds)
         ]
 
     def _put(self, file: str, data: bytes) -> dict[str, str]:

@@ -62,6 +62,7 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "samples": len(records),
         "not_attackable": [record["id"] for record in left_out],
         "not_attackable_for": dict(Counter(record["reason"] for record in left_out)),
+        "sound_notes": dict(Counter(note for record in records for note in _notes(record))),
         "rates": {},
     }
     sides = ["", *(["defended_"] if records and "defended_answer" in records[0] else [])]
@@ -80,6 +81,11 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             figures["clean_undecided"] = rate(_undecided(record, "clean_verdict") for record in own).figure()
         summary["rates"][rule] = {name: figure.to_dict() for name, figure in figures.items()}
     return summary
+
+
+def _notes(record: Mapping[str, Any]) -> list[str]:
+    """What its sounds are no longer as they were stored, each once; nothing of a record from before that was kept."""
+    return sorted({note for notes in record.get("sound_notes", ()) for note in notes.split(", ") if note})
 
 
 def success_so_far(records: Sequence[Mapping[str, Any]]) -> str:
@@ -160,6 +166,7 @@ def _columns(store: Store, records: Sequence[Mapping[str, Any]], settings: Mappi
     columns |= plain(number, "linf", "l2", "rendering_gap") | plain(List(number), "objective")
     if any(record.get("sounds") for record in records):
         columns["snr_db"] = (List(number), lambda record: record.get("snr_db", []))
+        columns["sound_notes"] = (List(text), lambda record: record.get("sound_notes", []))
     columns |= plain(text, "attack_key", "digest")
     for medium in ("image", "sound"):
         if any(record.get(f"{medium}s") for record in records):
@@ -227,6 +234,8 @@ def describe(summary: Mapping[str, Any]) -> Iterator[str]:
             yield f"- {explained.get(name, f'ASR ({RULES[rule]})')}: {_shown(figure)}"
     for reason, count in summary["not_attackable_for"].items():
         yield f"- not attackable, for {_LEFT_OUT[reason]}: {count} of {summary['samples']}"
+    for note, count in summary["sound_notes"].items():
+        yield f"- sounds {note}: in {count} of {summary['samples']} samples (`sound_notes` says which)"
 
 
 def _shown(figure: Mapping[str, Any]) -> str:

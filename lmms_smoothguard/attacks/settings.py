@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,9 +73,7 @@ class AttackSettings:
                 f"attack eps is {self.eps!r}; expected 0 or more in [0, 1] pixel units, such as 4/255, or in amplitude, such as 0.0005"
             )
         if self.norm == "linf" and self.eps > 1:
-            raise ConfigError(
-                f"attack eps is {self.eps!r}, more than the whole range of a pixel; grey levels are written as {self.eps:g}/255"
-            )
+            raise ConfigError(f"attack eps is {self.eps!r}, {_too_far(self)}")
         if _takes_sounds(self.name):
             _check_rounding(self.eps, SOUNDS)
         else:
@@ -101,7 +100,8 @@ class AttackSettings:
 
     @classmethod
     def parse(cls, *layers: Any) -> AttackSettings:
-        """From names or flat mappings (fractions such as "4/255" may be text); later layers win.
+        """From names or flat mappings (fractions such as "4/255" may be text); later layers win. An eps such as "40dB" is
+        norm "l2" and an snr.
 
         A layer that names another attack than those before brings that attack's defaults with it and drops the other's
         options. Raises ConfigError for what the attack does not know.
@@ -113,6 +113,7 @@ class AttackSettings:
                 raise ConfigError(
                     f"attack eps is {layer['eps']!r} and snr {layer['snr']!r}; expected one of them, for both say how far"
                 )
+            layer = _room(layer)
             if asked:
                 merged = {k: v for k, v in merged.items() if k not in ("eps", "snr")}
             if (named := layer.get("name", name)) != name:
@@ -180,6 +181,24 @@ class AttackSettings:
                 f"attack snr is {self.snr!r}, a budget of sounds, and attack {self.name!r} changes pictures; expected eps, or "
                 f"one of {', '.join(sound_attacks())}"
             )
+
+
+def _room(layer: dict[str, Any]) -> dict[str, Any]:
+    """A layer whose eps may be in decibels below each sound, in the fields that settings have for that."""
+    found = re.fullmatch(r"\s*([-+]?[\d.]+)\s*dB\s*", str(layer.get("eps")), re.IGNORECASE)
+    if found is None:
+        return layer
+    return {"norm": "l2", **{k: v for k, v in layer.items() if k != "eps"}, "snr": found[1]}
+
+
+def _too_far(settings: AttackSettings) -> str:
+    grey = f"grey levels are written as {settings.eps:g}/255"
+    if not _takes_sounds(settings.name):
+        return f"more than the whole range of a pixel; {grey}"
+    return (
+        "more than full scale; expected of a sound an amplitude, full scale 1, such as 0.0005, or decibels below it such as 45dB; of "
+        f"a picture, {grey}"
+    )
 
 
 def sound_attacks() -> list[str]:

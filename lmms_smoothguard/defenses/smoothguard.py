@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 
 from lmms_smoothguard.aggregation.embedders import EmbedderContext, load_embedder
 from lmms_smoothguard.aggregation.verdict import aggregate, normalize_answer
-from lmms_smoothguard.config import SmoothGuardConfig
+from lmms_smoothguard.config import SmoothGuardConfig, defends_nothing
 from lmms_smoothguard.defenses.copies import Copies, Inputs, answer_batch
 from lmms_smoothguard.defenses.replies import Replies
 from lmms_smoothguard.defenses.request import Defended, Defense, Request, SmoothGuardOutput
@@ -19,6 +21,8 @@ from lmms_smoothguard.errors import UndefendableError
 from lmms_smoothguard.inputs.media import Media
 from lmms_smoothguard.inputs.tiling import tile_media
 from lmms_smoothguard.noise import NOISE
+
+log = logging.getLogger(__name__)
 
 
 def defend(request: Request, config: SmoothGuardConfig) -> Defended | None:
@@ -39,9 +43,10 @@ def defend(request: Request, config: SmoothGuardConfig) -> Defended | None:
         raise UndefendableError("the batch is empty; expected at least one row and one image or sound")
     pad = request.setting("pad_token_id")
     streams = row_streams(request.arguments.get("streamer"), rows, request.end_tokens(), pad)
+    warnings = request.misfits() + _idle_settings(config, media)
     if config.level == "token":
-        return _by_token(request, config, media, rows, streams)
-    replies, verdicts = _by_answer(request, config, media, rows)
+        return _by_token(request, config, media, rows, streams, warnings)
+    replies, verdicts = _by_answer(request, config, media, rows, warnings)
     output = replies.output([verdict.chosen for verdict in verdicts], verdicts)
     if streams is not None:  # streaming before the vote would show what the vote may reject
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
@@ -52,11 +57,29 @@ def defend(request: Request, config: SmoothGuardConfig) -> Defended | None:
 DEFENSE = Defense(SmoothGuardConfig, defend, NOISE)
 
 
+def _idle_settings(config: SmoothGuardConfig, media: Media) -> tuple[str, ...]:
+    """What is said of settings that defend nothing of these media: in every verdict, and in the log once in a process."""
+    idle = defends_nothing(config, pictures=media.images is not None, sounds=media.sounds is not None)
+    warnings = tuple(
+        f"{said}. Such a vote defends nothing and is only to compare with; set {name}={getattr(SmoothGuardConfig(), name)} or "
+        "another, or ask for no defence"
+        for name, said in idle.items()
+    )
+    for warning in warnings:
+        _warn_once(warning)
+    return warnings
+
+
+@functools.cache
+def _warn_once(warning: str) -> None:
+    log.warning("%s", warning)
+
+
 # -- answer level ------------------------------------------------------------------------------------------------------
 
 
 def _by_answer(
-    request: Request, config: SmoothGuardConfig, media: Media, rows: int
+    request: Request, config: SmoothGuardConfig, media: Media, rows: int, warnings: tuple[str, ...]
 ) -> tuple[Replies, list[SmoothGuardOutput]]:
     """Runs copies, in as few batches as memory and early stopping allow, until every row is settled."""
     copies = _numbered(Copies(request, config, media), config)
@@ -69,7 +92,7 @@ def _by_answer(
     verdicts = []
     for row in range(rows):
         settled = stopping_point(_keys(replies, row), config.num_samples, decides)
-        verdicts.append(_verdict(request, config, replies.candidates(row)[:settled], replies.texts(row)))
+        verdicts.append(_verdict(request, config, replies.candidates(row)[:settled], replies.texts(row), warnings))
     return replies, verdicts
 
 
@@ -102,6 +125,7 @@ def _verdict(
     config: SmoothGuardConfig,
     candidates: Sequence[tuple[int, ...]],
     texts: Sequence[str] | None,
+    warnings: tuple[str, ...],
 ) -> SmoothGuardOutput:
     texts = None if texts is None else tuple(texts[: len(candidates)])
     verdict = aggregate(
@@ -110,7 +134,7 @@ def _verdict(
         config.aggregator,
         clean_first=config.include_clean,
     )
-    warnings = request.misfits() + verdict.warnings
+    warnings += verdict.warnings
     if texts is None and len(set(candidates)) > 2:
         warnings += (
             "no tokenizer is known that has all tokens of the answers, so they were compared as token ids; "
@@ -126,7 +150,12 @@ def _verdict(
 
 
 def _by_token(
-    request: Request, config: SmoothGuardConfig, media: Media, rows: int, streams: RowStreams | None
+    request: Request,
+    config: SmoothGuardConfig,
+    media: Media,
+    rows: int,
+    streams: RowStreams | None,
+    warnings: tuple[str, ...],
 ) -> Defended:
     """All copies in lock-step, one sequence a row; `streams` get its tokens as they arise."""
     from lmms_smoothguard.defenses.consensus import SmoothGuardLogitsProcessor
@@ -150,7 +179,7 @@ def _by_token(
         )
     votes = torch.stack(agreeing.majorities)  # (steps, rows * beams, N); a row's first beam speaks for it
     votes = votes[:, :: votes.shape[1] // rows]
-    verdicts = [_token_verdict(request, config, replies, row, votes[:, row]) for row in range(rows)]
+    verdicts = [_token_verdict(config, replies, row, votes[:, row], warnings) for row in range(rows)]
     return Defended(replies.output([0] * rows, verdicts), verdicts)
 
 
@@ -192,7 +221,7 @@ def _stop_by_criterion(request: Request, arguments: dict[str, Any]) -> None:
 
 
 def _token_verdict(
-    request: Request, config: SmoothGuardConfig, replies: Replies, row: int, votes: torch.Tensor
+    config: SmoothGuardConfig, replies: Replies, row: int, votes: torch.Tensor, warnings: tuple[str, ...]
 ) -> SmoothGuardOutput:
     """votes: (steps, N), who was in the majority. Agreement and suspicion are means over the answer's steps."""
     answer, texts = replies.candidates(row)[0], replies.texts(row)
@@ -204,5 +233,5 @@ def _token_verdict(
         suspected = bool((~votes[:, 0]).any())
     return SmoothGuardOutput(
         (answer,), None if texts is None else (texts[0],), (0,), 0, float(votes.float().mean()), suspicion, suspected,
-        config.num_samples, request.misfits(),
+        config.num_samples, warnings,
     )  # fmt: skip

@@ -31,7 +31,7 @@ class TaskAttack:
 class Options:
     """defense: None = the undefended run of the same wrapper; attack: settings of `--model_args`, over the task's own; judge:
     names as in `lmms_smoothguard.judges.loading`; vision_tower, vision_tower_resolution: as `encoders.load_vision_tower` takes
-    them, None = the model's own tower."""
+    them, None = the model's own tower; defense_given: the defence's fields that are not left to their defaults."""
 
     defense: Choice | None
     attack: dict[str, Any]
@@ -40,6 +40,7 @@ class Options:
     judge: str = "refusal"
     vision_tower: str | None = None
     vision_tower_resolution: str = "model"
+    defense_given: tuple[str, ...] = ()
 
     def attack_on(self, metadata: Mapping[str, Any]) -> TaskAttack | None:
         """The attack for a task with that metadata; None when neither names one."""
@@ -85,7 +86,7 @@ def take_options(kwargs: dict[str, Any], accepted: Sequence[str] = ()) -> Option
     # A few of lmms-eval's wrappers have a `vision_tower` of their own.
     asked = [key for key in _TOWER_KEYS if key in kwargs and "vision_tower" not in accepted]
     tower = {key: parse_scalar(kwargs.pop(key)) for key in asked}
-    return Options(defense, attack, where, batch_size, judge, **tower)
+    return Options(defense, attack, where, batch_size, judge, **tower, defense_given=tuple(taken))
 
 
 def attack_keys() -> list[str]:

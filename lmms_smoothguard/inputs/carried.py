@@ -14,12 +14,10 @@ import numpy as np
 import torch
 
 from lmms_smoothguard.errors import UndefendableError
+from lmms_smoothguard.sounds import beyond_full_scale
 
 CLIPS = "smoothguard_clips"
 """The key under which they travel with a processor's output."""
-_LOUDEST = 1.5
-"""Samples of full scale 1 do not exceed it, but for what resampling adds. Models hear hardly how loud a clip is, and noise of a set
-amplitude vanishes beside a clip that is blown up: at 14 times full scale the defence lost what it held at 1."""
 
 Arrange = Callable[[Sequence[torch.Tensor], torch.Size], torch.Tensor]
 
@@ -156,9 +154,8 @@ class Sounds(NamedTuple):
     rows: tuple[int, ...] | None
 
 
-def check_carried(found: Any, key: str, values: torch.Tensor) -> CarriedClips:
-    """The clips that features were made of. Raises UndefendableError where there are none, other ones, or some that no noise can
-    be added to."""
+def check_carried(found: Any, key: str) -> CarriedClips:
+    """The clips that came with features. Raises UndefendableError where there are none, or some that no noise can be added to."""
     if found is None:
         raise UndefendableError(
             f"{key} came without the clips that it was made of: noise belongs on the waveform, and only features reached generate(). "
@@ -170,6 +167,13 @@ def check_carried(found: Any, key: str, values: torch.Tensor) -> CarriedClips:
     if not isinstance(found, CarriedClips):
         raise UndefendableError(f"{CLIPS} is a {type(found).__name__}; expected what a protected processor gives")
     refuse_problem(found)
+    for number, clip in enumerate(found.clips, 1):
+        _check_clip(clip, number)
+    return found
+
+
+def check_features(found: CarriedClips, key: str, values: torch.Tensor) -> None:
+    """Raises UndefendableError for features that were not made of these clips."""
     assert found.features is not None
     same = found.key == key and found.features.shape == values.shape
     if not same or not torch.equal(found.features.to(values.device, values.dtype), values):
@@ -177,9 +181,6 @@ def check_carried(found: Any, key: str, values: torch.Tensor) -> CarriedClips:
             f"{key} of shape {tuple(values.shape)} is not what its clips gave ({found.key} of shape {tuple(found.features.shape)}); "
             "expected a processor's output as it is, apart from device and precision. Batches are made by one call of the processor"
         )
-    for number, clip in enumerate(found.clips, 1):
-        _check_clip(clip, number)
-    return found
 
 
 def refuse_problem(found: Any) -> None:
@@ -191,12 +192,10 @@ def refuse_problem(found: Any) -> None:
 def _check_clip(clip: np.ndarray, number: int) -> None:
     if not len(clip):
         raise UndefendableError(f"sound {number} is empty; expected at least one sample")
-    if not np.isfinite(clip).all():
+    if not (finite := np.isfinite(clip)).all():
         raise UndefendableError(
-            f"sound {number} holds NaN or Inf; expected finite samples. Check the recording and its decoding"
+            f"sound {number} holds NaN or Inf, the first at sample {finite.argmin() + 1} of {len(clip)}; expected finite samples. Check "
+            "the recording and its decoding"
         )
-    if (largest := float(np.abs(clip).max())) > _LOUDEST:
-        raise UndefendableError(
-            f"sound {number} reaches {largest:.3g}; expected samples of full scale 1, beside which noise has its size. Divide 16-bit "
-            "samples by 32768, and a louder recording by its peak"
-        )
+    if problem := beyond_full_scale(clip):
+        raise UndefendableError(f"sound {number} {problem}")

@@ -11,7 +11,7 @@ from PIL.Image import Image
 
 from lmms_smoothguard.errors import UndefendableError
 from lmms_smoothguard.inputs.arrangements import layout_of
-from lmms_smoothguard.inputs.carried import CLIPS, Sounds, check_carried, refuse_problem
+from lmms_smoothguard.inputs.carried import CLIPS, Sounds, check_carried, check_features, refuse_problem
 from lmms_smoothguard.inputs.layouts import Layout
 from lmms_smoothguard.inputs.rows import rows_of_images, rows_of_sounds
 
@@ -151,8 +151,9 @@ def _images(key: str, inputs: Mapping[str, Any], config: Any) -> Images:
 
 
 def _sounds(key: str, inputs: Mapping[str, Any], config: Any) -> Sounds:
+    found = check_carried(inputs.get(CLIPS), key)  # first, for what is wrong with a clip shows in its features too
     values = _checked(key, inputs[key], "features")
-    found = check_carried(inputs.get(CLIPS), key, values)
+    check_features(found, key, values)
     return Sounds(key, values, found, rows_of_sounds(inputs, config, len(found)))
 
 

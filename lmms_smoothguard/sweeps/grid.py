@@ -182,8 +182,7 @@ def conditions(
         if "+" in asked and draws < 1:
             raise ConfigError(f"attack is {asked!r}; expected at least one draw, such as {found['name']}+eot8")
         for size in eps:
-            room = {"snr": size[:-2], "norm": "l2"} if str(size).endswith("dB") else {"eps": size}
-            attack = AttackSettings.parse({"name": found["name"], **(settings or {}), **room, "eot": draws})
+            attack = AttackSettings.parse({"name": found["name"], **(settings or {}), "eps": size, "eot": draws})
             name = f"{attack.name}{f'+eot{draws}' if draws else ''} {budget(attack)}"
             made[name] = Condition(name, attack)
     return tuple(made.values())

@@ -66,11 +66,9 @@ class Plan:
 
 def warn_of_noise(wrapper: Any, requests: Sequence[Instance], options: Options) -> None:
     """Says once where SmoothGuard's noise is set for pictures alone and tasks have sounds alone, as their first samples show it."""
-    config, plain = None if options.defense is None else options.defense.config, SmoothGuardConfig()
-    if not isinstance(config, SmoothGuardConfig) or (config.audio_sigma, config.audio_snr) != (plain.audio_sigma, None):
-        return
-    changed = [name for name in ("sigma", "noise_space") if getattr(config, name) != getattr(plain, name)]
-    if not changed:
+    config, given = None if options.defense is None else options.defense.config, options.defense_given
+    seen = [name for name in ("sigma", "noise_space") if name in given]
+    if not isinstance(config, SmoothGuardConfig) or not seen or not {"audio_sigma", "audio_snr"}.isdisjoint(given):
         return
     heard = []
     for task, request in {request.task_name: request for request in reversed(requests)}.items():
@@ -78,11 +76,11 @@ def warn_of_noise(wrapper: Any, requests: Sequence[Instance], options: Options) 
             if media_kinds(wrapper, request) == {"sounds"}:
                 heard.append(task)
     if heard:
-        given = ", ".join(f"{name}={getattr(config, name)}" for name in changed)
+        values = ", ".join(f"{name}={getattr(config, name)}" for name in seen)
         log.warning(
             "%s given, of noise on pictures, and %s has sounds, whose noise is audio_sigma=%g by default; expected audio_sigma=... or "
             "audio_snr=... for another",
-            given, ", ".join(map(str, sorted(heard))), config.audio_sigma,
+            values, ", ".join(map(str, sorted(heard))), config.audio_sigma,
         )  # fmt: skip
 
 
