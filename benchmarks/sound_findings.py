@@ -72,12 +72,12 @@ def _alone(sweeps: Sweeps) -> str:
         "one noisy copy alone does as well as ten, as far as can be told",
     )
     told = "; ".join(
-        f"{about} {difference(standard)}, adaptive {difference(adaptive)}"
+        f"{about} {difference(standard)}, n = {standard.count}, adaptive {difference(adaptive)}, n = {adaptive.count}"
         for about, (standard, adaptive) in (("questions", questions), ("sentences", sentences))
     )
     return (
         "**The noise does it; the vote was not seen to add to it.** One noisy copy alone differs from ten in ASR by no more than its interval, "
-        f"where attacks still get through (sigma 0.0025): {told} points."
+        f"where attacks still get through (sigma 0.0025), in points: {told}."
     )
 
 

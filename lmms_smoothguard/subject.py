@@ -20,7 +20,7 @@ from lmms_smoothguard.encoders import TowerProvenance, check_tower, load_vision_
 from lmms_smoothguard.errors import ConfigError, UndefendableError, did_you_mean
 from lmms_smoothguard.evaluation.questions import Question
 from lmms_smoothguard.hearing import audio_token, drops_the_end, heard_seconds
-from lmms_smoothguard.inputs.carried import CLIPS, refuse_problem
+from lmms_smoothguard.inputs.carried import CLIPS
 from lmms_smoothguard.inputs.fitting import is_encoder_decoder
 from lmms_smoothguard.inputs.media import AUDIO_KEYS
 from lmms_smoothguard.model_loading import device_of, load_model
@@ -164,7 +164,8 @@ class Subject:
     def _made(self, question: Question, sounds: tuple[Sound, ...]) -> Mapping[str, Any]:
         try:
             made = self._prompted(question, sounds)
-            refuse_problem(made.get(CLIPS))
+            if CLIPS in made and (problem := made[CLIPS].problem):
+                raise UndefendableError(problem)
             return made
         except UndefendableError as error:
             raise ConfigError(f"question {question.id!r} cannot be asked of {self.name}: {error}") from error

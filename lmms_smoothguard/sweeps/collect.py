@@ -133,7 +133,8 @@ class Collector:
             plain = self._answerer.clean(arguments)
             copies = self._answerer.noisy(arguments, noise, self._grid.copies()) if noise.sigma else []
             bar.update()
-            faint = attack is not None and too_faint(self._subject.sounds(part.question), attack.snr)
+            snr = None if attack is None else attack.snr
+            faint = snr is not None and too_faint(self._subject.sounds(part.question), snr)
             kept = None if entry is None else entry._replace(images=(), sounds=())
             yield Cell(plain, tuple(copies), kept, TOO_FAINT if faint else None)
 
