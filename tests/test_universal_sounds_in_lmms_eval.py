@@ -232,6 +232,15 @@ def test_one_change_for_a_whole_task(corpus, tmp_path, monkeypatch):
     assert all(info["defended"] and len(info["candidates"]) == 3 for info in again)
 
 
+def test_a_sample_whose_clip_was_learnt_on_says_so_in_its_log(corpus, tmp_path):
+    row = rows_of("safety")[0]
+    (tmp_path / "own.wav").write_bytes(sound_of(row["audio"]).wav)
+    infos = miniatures.infos(
+        run(corpus, tmp_path, limit=2, attack_clips=str(tmp_path / "own.wav"), attack_steps=1), TASK
+    )
+    assert [info.get("attack_learnt_on") for info in infos] == [True, None]
+
+
 def test_it_denies_what_is_heard_and_chance_of_that_size_does_not(tmp_path):
     """Learnt on other clips than are scored, about which the corpus has questions and wrong answers of its own."""
     from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
